@@ -1,0 +1,1 @@
+"""Offline calibration: Hugging Face model in, OffQ checkpoint out. Never imports vLLM."""

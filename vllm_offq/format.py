@@ -1,0 +1,168 @@
+"""The OffQ checkpoint, format version 1: configuration schema, tensor names, int4 packing.
+
+Calibration writes by this module, the plugin reads by it; docs/format.md describes it.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from torch import Tensor
+
+from vllm_offq.errors import UserError
+
+QUANT_METHOD = "offq"
+FORMAT_VERSION = 1
+
+WEIGHT_PACKED = "weight_packed"
+"""[out_features, in_features / 2] uint8, see pack_int4."""
+WEIGHT_SCALE = "weight_scale"
+"""[out_features, 1], or [out_features, in_features / weights.group_size], float16."""
+KEY_ROTATION = "key_rotation"
+"""Of an attention layer: [num_kv_heads, head_size, head_size] float16, q and k after RoPE @ it."""
+
+Name = Annotated[str, StringConstraints(min_length=1)]
+ClipRatio = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class WeightConfig(_Strict):
+    """Symmetric codes of every quantized linear; group_size None: one scale per channel."""
+
+    bits: Literal[4]
+    group_size: PositiveInt | None
+
+
+class SiteConfig(_Strict):
+    """One place in a block whose linears share an input, hence its rotation and grid."""
+
+    modules: Annotated[list[Name], Field(min_length=1)]
+    """Last name components of its linears, as in the checkpoint (q_proj, ...)."""
+    bits: Literal[4]
+    group_size: PositiveInt
+    symmetric: bool
+    clip_ratio: ClipRatio
+    fused_rotation: Literal["none", "principal", "hadamard", "permutation"]
+    """What the weights carry already: nothing to do at run time."""
+    online_hadamard: PositiveInt | None
+    """Block size of the Hadamard that the input is multiplied by at run time."""
+
+
+class KVCacheConfig(_Strict):
+    """Keys (after RoPE, rotated if key_rotation) and values: asymmetric, float16 scale, offset."""
+
+    bits: Literal[4]
+    group_size: PositiveInt
+    key_rotation: bool
+
+
+class CheckpointConfig(_Strict):
+    """`quantization_config` in config.json."""
+
+    quant_method: Literal["offq"]
+    format_version: Literal[1]
+    producer: Name
+    settings_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    """Of the calibration settings, as canonical JSON."""
+    recipe: Name
+    weights: WeightConfig
+    sites: Annotated[dict[Name, SiteConfig], Field(min_length=1)]
+    kv_cache: KVCacheConfig | None
+    """None: the cache keeps vLLM's own format."""
+    ignore: list[Name]
+    """Linears left in 16 bit, by last name component or by full name."""
+
+    @field_validator("sites")
+    @classmethod
+    def _one_site_per_module(cls, sites: dict[str, SiteConfig]) -> dict[str, SiteConfig]:
+        modules = [module for site in sites.values() for module in site.modules]
+        for module in modules:
+            if modules.count(module) > 1:
+                raise ValueError(f"module {module} is listed in more than one place")
+        return sites
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "CheckpointConfig":
+        if any(site.group_size % 2 for site in self.sites.values()):
+            raise ValueError("every group_size must be even (two codes share a byte)")
+        return self
+
+    def site_of(self, module: str) -> SiteConfig | None:
+        """The site of a linear, by its full name or last component; None if it has none."""
+        last = module.rpartition(".")[2]
+        return next((site for site in self.sites.values() if last in site.modules), None)
+
+    def is_ignored(self, module: str) -> bool:
+        """Whether a linear stays in 16 bit."""
+        return module in self.ignore or module.rpartition(".")[2] in self.ignore
+
+
+def parse_config(raw: Any) -> CheckpointConfig:
+    """Validate a `quantization_config`.
+
+    Raises: UserError, one sentence that names the key and what is wrong with it.
+    """
+    if not isinstance(raw, dict):
+        raise UserError("quantization_config must be a JSON object; quantize the model again")
+    if raw.get("quant_method") != QUANT_METHOD:
+        raise UserError(
+            f"quantization_config has quant_method {raw.get('quant_method')!r}, not "
+            f"{QUANT_METHOD!r}: this is no OffQ checkpoint; make one with `offq quantize`"
+        )
+    version = raw.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"the checkpoint has OffQ format version {version}, this vllm-offq reads up to "
+            f"{FORMAT_VERSION}; upgrade vllm-offq"
+        )
+    try:
+        return CheckpointConfig.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"]) or "it"
+        message = {
+            "extra_forbidden": "is an unknown key",
+            "missing": "is missing",
+        }.get(problem["type"], f"is wrong: {problem['msg']}")
+        raise UserError(f"quantization_config: {key} {message}") from None
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two adjacent codes a byte, the even one in the low nibble, each stored as code + 8.
+
+    codes: [..., n] int8 in [-8, 7], n even. Returns: [..., n / 2] uint8.
+    """
+    low, high = (codes + 8).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Inverse of pack_int4. packed: [..., n / 2] uint8. Returns: [..., n] int8."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).view(torch.int8) - 8
+
+
+def pick_group_size(n: int, group_size: int | None, what: str) -> int:
+    """The group size of a site with n channels: the one asked for, else 128, else 64.
+
+    Raises: UserError naming the layer and the sizes that can work.
+    """
+    for candidate in (group_size,) if group_size else (128, 64):
+        if n % candidate == 0 and candidate & (candidate - 1) == 0:
+            return candidate
+    possible = [size for size in (256, 128, 64, 32, 16) if n % size == 0]
+    raise UserError(
+        f"group size {group_size or '128 or 64'} does not work for {what} with {n} channels; "
+        + (f"choose --group-size from {possible}" if possible else "none of 16 to 256 divides it")
+    )

@@ -1,0 +1,1 @@
+"""Arithmetic of OffQ. Knows tensors, not vLLM."""

@@ -1,0 +1,186 @@
+"""Every OffQ operation in plain torch: the oracle that other backends are tested against.
+
+Shapes: T tokens, K input channels, N output channels, G groups of K / G channels, D head_size.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_offq.format import unpack_int4
+from vllm_offq.quantizer import dequantize, group_range, quantize
+from vllm_offq.rotation import apply_block_hadamard
+
+
+def prepare_weight(weight_packed: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """What a layer keeps at run time, made once at load.
+
+    weight_packed: [N, K / 2] uint8. Returns: codes [N, K] int8 and their sums over each group of
+    input channels [N, num_groups] float32 (the offset term needs them; they are not stored).
+    """
+    codes = unpack_int4(weight_packed)
+    return codes, codes.unflatten(-1, (num_groups, -1)).sum(-1, dtype=torch.int32).float()
+
+
+def rotate_quantize(
+    x: Tensor, group_size: int, rotation_block_size: int, clip_ratio: float, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Online block Hadamard (none if rotation_block_size is 0), then the group grid.
+
+    x: [T, K]. Returns: codes [T, K] int8, scale and offset [T, G] float32.
+    """
+    x = x.float()
+    if rotation_block_size:
+        x = apply_block_hadamard(x, rotation_block_size)
+    scale, offset = group_range(x, group_size, clip_ratio, symmetric)
+    return quantize(x, scale, offset), scale, offset
+
+
+def gemm(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+) -> Tensor:
+    """``y[t,n] = sum_g s_x[t,g] s_w[n,g] sum_k q_x q_w + sum_g o[t,g] s_w[n,g] r[n,g]``.
+
+    codes [T, K] int8; scale, offset [T, G]; weight_codes [N, K] int8; weight_scale [N, 1] or
+    [N, G]; weight_sums r [N, G]. Returns: [T, N] float32. The inner sum is an exact integer
+    (float32 holds it while a group is shorter than 2^18 channels).
+    """
+    num_groups = scale.shape[-1]
+    weight_scale = weight_scale.float()
+    per_group = weight_scale.shape[-1] > 1
+    y = offset @ (weight_sums * weight_scale if per_group else weight_sums).T
+    x_groups = codes.float().unflatten(-1, (num_groups, -1))
+    w_groups = weight_codes.unflatten(-1, (num_groups, -1))
+    for group in range(num_groups):
+        accumulator = x_groups[:, group] @ w_groups[:, group].T.float()
+        if per_group:
+            accumulator *= weight_scale[:, group]
+        y.addcmul_(accumulator, scale[:, group, None])
+    return y if per_group else y * weight_scale[:, 0]
+
+
+def linear(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    rotation_block_size: int,
+    clip_ratio: float,
+    symmetric: bool,
+) -> Tensor:
+    """Rotate, quantize, multiply, add bias. x: [..., K]. Returns: [..., N] in x's dtype."""
+    codes, scale, offset = rotate_quantize(
+        x.flatten(0, -2), group_size, rotation_block_size, clip_ratio, symmetric
+    )
+    y = gemm(codes, scale, offset, weight_codes, weight_scale, weight_sums)
+    if bias is not None:
+        y += bias.float()
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def rotate_heads(x: Tensor, rotation: Tensor) -> Tensor:
+    """Each head times the rotation of its KV head.
+
+    x: [T, H, D]; rotation: [H_kv, D, D], H_kv divides H. Returns: [T, H, D] float32.
+    """
+    tokens, num_heads, head_size = x.shape
+    grouped = x.float().view(tokens, rotation.shape[0], -1, head_size)
+    rotated = torch.einsum("thgd,hde->thge", grouped, rotation.float())
+    return rotated.reshape(tokens, num_heads, head_size)
+
+
+def kv_page_bytes(head_size: int, group_size: int) -> int:
+    """Bytes of one token of one KV head: codes of K and V, then float16 scales and offsets."""
+    return head_size + 8 * (head_size // group_size)
+
+
+def _pack_head(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """x: [..., D]. Returns: nibbles [..., D / 2] uint8 (channel d low, d + D / 2 high, the pair
+    that rotary embeddings turn together) and [..., 2 G] float16, scales then offsets."""
+    scale, offset = (part.half() for part in group_range(x, group_size))
+    low, high = (quantize(x, scale.float(), offset.float()) + 8).view(torch.uint8).chunk(2, -1)
+    return low | high << 4, torch.cat([scale, offset], -1)
+
+
+def _unpack_head(packed: Tensor, parameters: Tensor) -> Tensor:
+    codes = torch.cat([packed & 15, packed >> 4], -1).to(torch.int8) - 8
+    return dequantize(codes, *parameters.chunk(2, -1))
+
+
+def kv_store(
+    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, group_size: int
+) -> None:
+    """Quantize, pack and scatter the new tokens' keys (already rotated) and values.
+
+    key, value: [T, H_kv, D]; kv_cache: [blocks, H_kv, block_size, C] uint8, written in place, C
+    bytes as in kv_page_bytes; slot_mapping: [T] int64, negative for padding.
+    """
+    valid = slot_mapping >= 0
+    packed = [_pack_head(x[valid], group_size) for x in (key, value)]
+    page = torch.cat(
+        [codes for codes, _ in packed] + [params.view(torch.uint8) for _, params in packed], -1
+    )
+    slots, block_size = slot_mapping[valid], kv_cache.shape[2]
+    kv_cache[slots // block_size, :, slots % block_size] = page
+
+
+def kv_load(
+    kv_cache: Tensor, blocks: Tensor, length: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """The first `length` tokens in the given blocks, dequantized.
+
+    Returns: key and value, [H_kv, length, D] float32.
+    """
+    num_heads, content_bytes = kv_cache.shape[1], kv_cache.shape[3]
+    head_size = content_bytes * group_size // (group_size + 8)
+    page = kv_cache[blocks].transpose(0, 1).reshape(num_heads, -1, content_bytes)[:, :length]
+    codes, parameters = page[..., :head_size], page[..., head_size:].contiguous()
+    key_codes, value_codes = codes.chunk(2, -1)
+    key_parameters, value_parameters = parameters.view(torch.float16).chunk(2, -1)
+    return _unpack_head(key_codes, key_parameters), _unpack_head(value_codes, value_parameters)
+
+
+def paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: list[int],
+    query_start_loc: list[int],
+    scale: float,
+    group_size: int,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal attention of a ragged batch over packed pages.
+
+    query: [T, H, D], already rotated like the keys; block_table: [R, B] int; seq_lens: context
+    length of each of R requests, the new tokens included; query_start_loc: R + 1 row bounds.
+    sliding_window: how many last tokens, itself included, a token sees.
+    Returns: [T, H, D] float32.
+    """
+    output = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    for request, length in enumerate(seq_lens):
+        start, end = query_start_loc[request], query_start_loc[request + 1]
+        if end == start:
+            continue
+        num_blocks = -(-length // kv_cache.shape[2])
+        key, value = kv_load(kv_cache, block_table[request, :num_blocks].long(), length, group_size)
+        position = torch.arange(length - (end - start), length, device=query.device)[:, None]
+        context = torch.arange(length, device=query.device)[None, :]
+        visible = context <= position
+        if sliding_window is not None:
+            visible &= context > position - sliding_window
+        output[start:end] = torch.nn.functional.scaled_dot_product_attention(
+            query[start:end].float().transpose(0, 1),
+            key,
+            value,
+            attn_mask=visible,
+            scale=scale,
+            enable_gqa=True,
+        ).transpose(0, 1)
+    return output

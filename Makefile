@@ -1,0 +1,31 @@
+# Every target makes the environment it needs; a second call starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test check setup clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(READY) ## quantize a real model, serve it, compare its answer with the original's
+	$(BIN)/python -m serving.demo
+
+test: $(READY) ## run all tests (under 25 minutes on two cores)
+	$(BIN)/python -m pytest
+
+check: $(READY) ## lint, types and the fast tests (under 2 minutes)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+setup: $(READY) ## make the environment .venv (the other targets do it themselves)
+
+clean: ## remove .venv and everything under build/
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(READY): pyproject.toml scripts/setup_env.py
+	$(PYTHON) scripts/setup_env.py
+	@touch $@

@@ -1,0 +1,52 @@
+"""Kernels as torch operators: torch.compile sees one opaque call instead of their inside.
+
+A plain Library, because torch.library.custom_op costs more per call than a small layer.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_offq.kernels import backend
+
+_library = torch.library.Library("vllm_offq", "DEF")
+
+_library.define(
+    "linear(Tensor x, Tensor weight_codes, Tensor weight_scale, Tensor weight_sums, Tensor? bias, "
+    "int group_size, int rotation_block_size, float clip_ratio, bool symmetric) -> Tensor"
+)
+
+
+def _linear(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    rotation_block_size: int,
+    clip_ratio: float,
+    symmetric: bool,
+) -> Tensor:
+    return backend().linear(
+        x,
+        weight_codes,
+        weight_scale,
+        weight_sums,
+        bias,
+        group_size,
+        rotation_block_size,
+        clip_ratio,
+        symmetric,
+    )
+
+
+def _linear_fake(
+    x: Tensor, weight_codes: Tensor, weight_scale: Tensor, *settings: object
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_scale.shape[0])
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("vllm_offq::linear", _linear_fake, lib=_library)
+
+linear = torch.ops.vllm_offq.linear.default

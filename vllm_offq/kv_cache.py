@@ -1,0 +1,267 @@
+"""The 4-bit KV cache in vLLM: method, backend, metadata, impl. The arithmetic is in kernels."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_offq.errors import UserError
+from vllm_offq.format import KEY_ROTATION, KVCacheConfig
+from vllm_offq.kernels import backend
+from vllm_offq.kernels.reference import kv_page_bytes
+
+
+class OffQKVCacheMethod(BaseKVCacheMethod):
+    """Gives an attention layer 4-bit pages and, if the checkpoint has them, key rotations."""
+
+    # The key rotations are used as loaded.
+    supports_pre_processed_weights = True
+
+    def __init__(self, quant_config: QuantizationConfig, kv_cache: KVCacheConfig) -> None:
+        super().__init__(quant_config)
+        self.kv_cache = kv_cache
+
+    def create_weights(self, layer: Attention) -> None:
+        """Put OffQ's backend in place of the one vLLM has chosen for this layer.
+
+        Raises: UserError naming what this layer needs and OffQ's attention does not do.
+        """
+        refuse_unsupported_attention(layer, self.kv_cache.group_size)
+        chosen = layer.impl
+        layer.attn_backend = backend_for(self.kv_cache.group_size)
+        layer.backend = AttentionBackendEnum.CUSTOM
+        layer.impl = OffQAttentionImpl(
+            layer.num_heads,
+            layer.head_size,
+            chosen.scale,
+            layer.num_kv_heads,
+            sliding_window=layer.sliding_window,
+            group_size=self.kv_cache.group_size,
+        )
+        if self.kv_cache.key_rotation:
+            shape = (layer.num_kv_heads, layer.head_size, layer.head_size)
+            # NaN until loaded: vLLM does not report a tensor that the checkpoint lacks.
+            rotation = Parameter(
+                torch.full(shape, math.nan, dtype=torch.float16), requires_grad=False
+            )
+            set_weight_attrs(rotation, {"weight_loader": load_key_rotation})
+            layer.register_parameter(KEY_ROTATION, rotation)
+
+    def process_weights_after_loading(self, layer: Attention) -> None:
+        """Raises: UserError if the key rotations are missing, NaN or infinite."""
+        if self.kv_cache.key_rotation and not layer.key_rotation.isfinite().all():
+            raise UserError(
+                f"{layer.layer_name}: {KEY_ROTATION} is missing from the checkpoint or not "
+                "finite; quantize the model again"
+            )
+
+
+def refuse_unsupported_attention(layer: Attention, group_size: int) -> None:
+    """Raises: UserError naming the first property of the layer that would be dropped."""
+    chosen = layer.impl
+    refused = {
+        f"a head size that {group_size} does not divide": layer.head_size % group_size,
+        "a value head size other than the key head size": layer.head_size_v != layer.head_size,
+        f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
+        "ALiBi": chosen.alibi_slopes is not None or layer.use_alibi_sqrt,
+        "a logits soft cap": chosen.logits_soft_cap,
+        "attention sinks": layer.has_sink,
+        "a bidirectional multimodal prefix": layer.use_mm_prefix,
+        "a KV cache shared between layers": layer.kv_sharing_target_layer_name is not None,
+    }
+    for feature, is_used in refused.items():
+        if is_used:
+            raise UserError(
+                f"{layer.layer_name} has {feature}, which is not supported by OffQ's 4-bit KV "
+                "cache; quantize the model with --kv-bits 16"
+            )
+    if layer.kv_cache_dtype != "auto":
+        raise UserError(
+            f"--kv-cache-dtype {layer.kv_cache_dtype} cannot be used with this checkpoint, which "
+            "decides itself that the KV cache has 4 bits; leave the option out"
+        )
+
+
+def load_key_rotation(parameter: Parameter, loaded: Tensor) -> None:
+    """Take the rotations of this rank's KV heads.
+
+    parameter: [H, D, D]; loaded: [all KV heads, D, D]. With more ranks than KV heads, several
+    ranks hold the same head. Raises: UserError on other shapes.
+    """
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    heads, total = parameter.shape[0], loaded.shape[0]
+    if loaded.shape[1:] != parameter.shape[1:] or max(1, total // ranks) != heads:
+        raise UserError(
+            f"{KEY_ROTATION} has shape {tuple(loaded.shape)}, but this model has {heads} KV heads "
+            f"of {parameter.shape[-1]} on each of {ranks} ranks; quantize the model again"
+        )
+    first = rank * heads if total >= ranks else rank * total // ranks
+    parameter.data.copy_(loaded[first : first + heads])
+
+
+@dataclass
+class OffQAttentionMetadata(AttentionMetadata):
+    """One step's ragged batch; both lists are on the host."""
+
+    block_table: Tensor
+    """[requests, blocks] int32."""
+    query_start_loc: list[int]
+    seq_lens: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_start_loc[-1]
+
+
+class OffQAttentionMetadataBuilder(AttentionMetadataBuilder[OffQAttentionMetadata]):
+    """Keeps what the kernels need of vLLM's batch description."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: object,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> OffQAttentionMetadata:
+        if common_attn_metadata.causal is not True:
+            raise NotImplementedError("OffQ's 4-bit KV cache supports causal attention only")
+        return OffQAttentionMetadata(
+            block_table=common_attn_metadata.block_table_tensor,
+            query_start_loc=common_attn_metadata.query_start_loc_cpu.tolist(),
+            seq_lens=common_attn_metadata.seq_lens.tolist(),
+        )
+
+
+class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
+    """Rotates, then calls the kernels."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        sliding_window: int | None,
+        group_size: int,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads
+        self.sliding_window = sliding_window
+        self.group_size = group_size
+        self.kv_cache_dtype = "auto"
+
+    def do_kv_cache_update(
+        self, layer: Attention, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Store the new tokens. key, value: [T or more, H_kv, D]; slot_mapping: [T]."""
+        tokens = slot_mapping.shape[0]
+        key, value = self._rotate(layer, key[:tokens]), value[:tokens]
+        backend().kv_store(key, value, kv_cache, slot_mapping, self.group_size)
+
+    def forward(
+        self,
+        layer: Attention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: OffQAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """query: [T or more, H, D]; output: like query, written in place."""
+        if attn_metadata is None:  # vLLM measures memory with a run without a cache.
+            return output.zero_()
+        tokens = attn_metadata.num_tokens
+        output[:tokens] = backend().paged_attention(
+            self._rotate(layer, query[:tokens]),
+            kv_cache,
+            attn_metadata.block_table,
+            attn_metadata.seq_lens,
+            attn_metadata.query_start_loc,
+            self.scale,
+            self.group_size,
+            self.sliding_window,
+        )
+        return output
+
+    def _rotate(self, layer: Attention, x: Tensor) -> Tensor:
+        rotation = getattr(layer, KEY_ROTATION, None)
+        return x if rotation is None else backend().rotate_heads(x, rotation)
+
+
+class OffQAttentionBackend(AttentionBackend):
+    """Tells vLLM the size of a page; backend_for makes the one for a group size."""
+
+    group_size: ClassVar[int]
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar = [torch.bfloat16, torch.float16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return AttentionBackendEnum.CUSTOM.name
+
+    @staticmethod
+    def get_impl_cls() -> type[OffQAttentionImpl]:
+        return OffQAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[OffQAttentionMetadataBuilder]:
+        return OffQAttentionMetadataBuilder
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)  # [blocks, heads, tokens, bytes], as the kernels index it.
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Pages of packed bytes. Applied to its own result it changes nothing."""
+        return replace(
+            spec,
+            dtype=torch.uint8,
+            state_content_bytes=kv_page_bytes(spec.head_size, cls.group_size),
+        )
+
+
+@cache
+def backend_for(group_size: int) -> type[OffQAttentionBackend]:
+    """The backend whose pages have groups of group_size: vLLM asks the class, not an object."""
+    name = f"OffQAttentionBackend{group_size}"
+    return type(name, (OffQAttentionBackend,), {"group_size": group_size})

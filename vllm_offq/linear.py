@@ -1,0 +1,125 @@
+"""OffQ linear layers in vLLM: parameters, sharding, loading. The arithmetic is in kernels."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+
+from vllm_offq.errors import UserError
+from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, SiteConfig
+from vllm_offq.kernels import backend, ops
+
+
+@register_weight_loader_v2_supported_method
+class OffQLinearMethod(LinearMethodBase):
+    """A linear layer with 4-bit weights whose input is quantized as its site says."""
+
+    def __init__(self, site: SiteConfig, weight_group_size: int | None):
+        self.site = site
+        self.weight_group_size = weight_group_size
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Register weight_packed and weight_scale with the shapes of the checkpoint.
+
+        Raises: UserError if this rank's part of the input cuts a group or a Hadamard block.
+        """
+        self._check_partition(layer, input_size_per_partition, input_size)
+        weight_loader = extra_weight_attrs["weight_loader"]
+        n = sum(output_partition_sizes)
+        layer.register_parameter(
+            WEIGHT_PACKED,
+            PackedvLLMParameter(
+                data=torch.empty(n, input_size_per_partition // 2, dtype=torch.uint8),
+                input_dim=1,
+                output_dim=0,
+                packed_dim=1,
+                packed_factor=2,
+                weight_loader=weight_loader,
+            ),
+        )
+        # NaN until loaded: vLLM does not report a quantized tensor that the checkpoint lacks.
+        scale: Parameter
+        if self.weight_group_size is None:
+            scale = ChannelQuantScaleParameter(
+                data=torch.full((n, 1), math.nan, dtype=torch.float16),
+                output_dim=0,
+                weight_loader=weight_loader,
+            )
+        else:
+            num_groups = input_size_per_partition // self.weight_group_size
+            scale = GroupQuantScaleParameter(
+                data=torch.full((n, num_groups), math.nan, dtype=torch.float16),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=weight_loader,
+            )
+        layer.register_parameter(WEIGHT_SCALE, scale)
+
+    def _check_partition(self, layer: LinearBase, partition: int, input_size: int) -> None:
+        unit = math.lcm(
+            self.site.group_size, self.site.online_hadamard or 1, self.weight_group_size or 1
+        )
+        if partition % unit == 0:
+            return
+        whole_groups = input_size // unit
+        works = [size for size in range(1, whole_groups + 1) if whole_groups % size == 0]
+        if input_size % unit:
+            raise UserError(
+                f"{layer.prefix} has {input_size} input channels, which its groups of {unit} do "
+                "not divide; quantize the model again"
+            )
+        raise UserError(
+            f"tensor parallel size {input_size // partition} cuts the groups of {unit} input "
+            f"channels of {layer.prefix}; sizes that work for it: {', '.join(map(str, works))}"
+        )
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Replace the stored form of the weight by the one the kernels run on.
+
+        Raises: UserError if a scale is missing, NaN or infinite.
+        """
+        if not layer.weight_scale.isfinite().all():
+            raise UserError(
+                f"{layer.prefix}: {WEIGHT_SCALE} is missing from the checkpoint or not finite; "
+                "quantize the model again"
+            )
+        num_groups = 2 * layer.weight_packed.shape[1] // self.site.group_size
+        codes, sums = backend().prepare_weight(layer.weight_packed.data, num_groups)
+        del layer.weight_packed
+        layer.weight_codes = Parameter(codes, requires_grad=False)
+        layer.weight_sums = Parameter(sums, requires_grad=False)
+        layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: [..., K]. Returns: [..., N] in x's dtype."""
+        return ops.linear(
+            x,
+            layer.weight_codes,
+            layer.weight_scale,
+            layer.weight_sums,
+            bias,
+            self.site.group_size,
+            self.site.online_hadamard or 0,
+            self.site.clip_ratio,
+            self.site.symmetric,
+        )

@@ -1,0 +1,64 @@
+"""The places where OffQ fits into vLLM, checked once so that a change there is one clear error."""
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+SUPPORTED_VLLM = ">=0.32,<0.34"
+
+_LAYERS = "vllm.model_executor.layers"
+
+SEAMS: dict[str, dict[str, set[str]]] = {
+    f"{_LAYERS}.quantization": {"register_quantization_config": {"quantization"}},
+    f"{_LAYERS}.quantization.base_config": {
+        "QuantizationConfig.get_quant_method": {"layer", "prefix"},
+        "QuantizationConfig.maybe_update_config": {"model_name", "hf_config", "revision"},
+    },
+    f"{_LAYERS}.quantization.kv_cache": {"BaseKVCacheMethod.create_weights": {"layer"}},
+    f"{_LAYERS}.linear": {
+        "register_weight_loader_v2_supported_method": {"cls"},
+        "LinearMethodBase.create_weights": {
+            "layer",
+            "input_size_per_partition",
+            "output_partition_sizes",
+            "input_size",
+            "output_size",
+            "params_dtype",
+        },
+        "LinearMethodBase.apply": {"layer", "x", "bias"},
+    },
+    "vllm.model_executor.parameter": {
+        "PackedvLLMParameter.__init__": {"packed_factor", "packed_dim"},
+    },
+    f"{_LAYERS}.attention": {"Attention.__init__": {"attn_backend", "quant_config"}},
+    "vllm.v1.attention.backend": {
+        "AttentionBackend.customize_spec": {"spec"},
+        "AttentionImpl.forward": {"layer", "query", "kv_cache", "attn_metadata", "output"},
+        "AttentionMetadataBuilder.build": {"common_prefix_len", "common_attn_metadata"},
+        "CommonAttentionMetadata": {"query_start_loc_cpu", "seq_lens", "block_table_tensor"},
+    },
+    "vllm.v1.kv_cache_interface": {"AttentionSpec": {"dtype", "head_size", "state_content_bytes"}},
+}
+"""Module, name in it, parameters that we pass, override or read."""
+
+
+def check_seams() -> None:
+    """Raises: RuntimeError naming the seam that is missing and the vLLM versions supported."""
+    for module, names in SEAMS.items():
+        for name, parameters in names.items():
+            try:
+                seam: Any = import_module(module)
+                for part in name.split("."):
+                    seam = getattr(seam, part)
+                missing = parameters - set(inspect.signature(seam).parameters)
+            except (ImportError, AttributeError) as error:
+                raise _unsupported(f"{module}.{name}") from error
+            if missing:
+                raise _unsupported(f"{module}.{name}({', '.join(sorted(missing))})")
+
+
+def _unsupported(seam: str) -> RuntimeError:
+    return RuntimeError(
+        f"vllm-offq needs vllm{SUPPORTED_VLLM}, and this vLLM has no {seam}; install one of "
+        "these versions, or uninstall vllm-offq"
+    )

@@ -23,6 +23,9 @@ from vllm_offq.errors import UserError
 QUANT_METHOD = "offq"
 FORMAT_VERSION = 1
 
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+
 WEIGHT_PACKED = "weight_packed"
 """[out_features, in_features / 2] uint8, see pack_int4."""
 WEIGHT_SCALE = "weight_scale"

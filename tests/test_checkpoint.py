@@ -1,0 +1,475 @@
+"""What the writer leaves on disk, and the sentence for every way a checkpoint can be broken."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_offq.checkpoint import Checkpoint, CheckpointWriter, validate_checkpoint
+from vllm_offq.errors import UserError
+from vllm_offq.format import INDEX_FILE
+from vllm_offq.rotation import hadamard
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY = 2, 64, 4, 2, 16, 128, 50
+
+
+def quantization_config(**changes: Any) -> dict[str, Any]:
+    def site(*modules: str, **changes: Any) -> dict[str, Any]:
+        return {
+            "modules": modules and list(modules),
+            "bits": 4,
+            "group_size": 32,
+            "symmetric": False,
+            "clip_ratio": 0.95,
+            "fused_rotation": "principal",
+            "online_hadamard": None,
+        } | changes
+
+    return {
+        "quant_method": "offq",
+        "format_version": 1,
+        "producer": "vllm-offq test",
+        "settings_sha256": "0" * 64,
+        "recipe": "offq",
+        "weights": {"bits": 4, "group_size": None},
+        "sites": {
+            "attention": site("q_proj", "k_proj", "v_proj"),
+            "attention_output": site("o_proj", group_size=16),
+            "mlp": site("gate_proj", "up_proj"),
+            "mlp_output": site("down_proj", fused_rotation="permutation", online_hadamard=32),
+        },
+        "kv_cache": {"bits": 4, "group_size": 16, "key_rotation": True},
+        "ignore": ["lm_head"],
+    } | changes
+
+
+def model_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": INTERMEDIATE,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "quantization_config": quantization_config(),
+    } | changes
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+
+    def packed(name: str, out_features: int, in_features: int) -> dict[str, Tensor]:
+        return {
+            f"{name}.weight_packed": torch.randint(
+                256, (out_features, in_features // 2), dtype=torch.uint8
+            ),
+            f"{name}.weight_scale": torch.rand(out_features, 1).half(),
+        }
+
+    result = {
+        "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).bfloat16(),
+        "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
+        "lm_head.weight": torch.randn(VOCABULARY, HIDDEN).bfloat16(),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            result[f"{prefix}{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
+        for name, out_features, in_features in (
+            ("self_attn.q_proj", HEADS * HEAD_DIM, HIDDEN),
+            ("self_attn.k_proj", KV_HEADS * HEAD_DIM, HIDDEN),
+            ("self_attn.v_proj", KV_HEADS * HEAD_DIM, HIDDEN),
+            ("self_attn.o_proj", HIDDEN, HEADS * HEAD_DIM),
+            ("mlp.gate_proj", INTERMEDIATE, HIDDEN),
+            ("mlp.up_proj", INTERMEDIATE, HIDDEN),
+            ("mlp.down_proj", HIDDEN, INTERMEDIATE),
+        ):
+            result |= packed(prefix + name, out_features, in_features)
+        result[f"{prefix}self_attn.attn.key_rotation"] = (
+            hadamard(HEAD_DIM).half().expand(KV_HEADS, -1, -1)
+        )
+    return result
+
+
+def write(out: Path, config: dict[str, Any] | None = None, **options: Any) -> Path:
+    with CheckpointWriter(out, **options) as writer:
+        for name, tensor in tensors().items():
+            writer.add(name, tensor)
+        writer.add_text("config.json", json.dumps(config or model_config()))
+    return out
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write(tmp_path / "model", max_shard_bytes=30_000)
+
+
+def test_round_trip(checkpoint: Path) -> None:
+    validate_checkpoint(checkpoint)
+    read = Checkpoint(checkpoint)
+    assert read.config.sites["mlp_output"].online_hadamard == 32
+    assert read.model_config["hidden_size"] == HIDDEN
+    assert set(read.names) == set(tensors())
+    for name, tensor in tensors().items():
+        assert read.shape(name) == tensor.shape
+        assert read.dtype(name) == tensor.dtype
+        assert torch.equal(read.load(name), tensor)
+
+
+def test_shards_are_named_as_the_ecosystem_expects(checkpoint: Path) -> None:
+    names = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    assert len(names) > 1
+    assert names == [
+        f"model-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)
+    ]
+    assert all((checkpoint / name).stat().st_size < 40_000 for name in names)
+    index = json.loads((checkpoint / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors().values())
+    assert set(index["weight_map"].values()) == set(names)
+
+
+def test_other_users_may_read_the_shards(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        out = write(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in out.iterdir())
+
+
+def test_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_the_writer_keeps_its_own_copy(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "model") as writer:
+        buffer = torch.ones(4)
+        writer.add("a", buffer)
+        writer.add("b", buffer.fill_(2)[1:])
+    shard = load_file(tmp_path / "model" / "model-00001-of-00001.safetensors")
+    assert shard["a"].tolist() == [1, 1, 1, 1]
+    assert shard["b"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("boom"), KeyboardInterrupt(), UserError("no")])
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
+    with (
+        pytest.raises(type(failure)),
+        CheckpointWriter(tmp_path / "model", max_shard_bytes=8) as writer,
+    ):
+        writer.add("a", torch.ones(4))
+        writer.add("b", torch.ones(4))
+        raise failure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_needs_overwrite(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"model exists.*--overwrite"):
+        CheckpointWriter(checkpoint)
+
+
+def test_overwrite_replaces_the_folder(checkpoint: Path) -> None:
+    (checkpoint / "stale.txt").write_text("of the old model")
+    write(checkpoint, overwrite=True)
+    validate_checkpoint(checkpoint)
+    assert not (checkpoint / "stale.txt").exists()
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_a_failed_overwrite_keeps_the_old_folder(checkpoint: Path) -> None:
+    with (
+        pytest.raises(RuntimeError),
+        CheckpointWriter(checkpoint, overwrite=True) as writer,
+    ):
+        writer.add("a", torch.ones(4))
+        raise RuntimeError
+    validate_checkpoint(checkpoint)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_overwrite_spares_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="neither a model folder nor empty"):
+        CheckpointWriter(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="neither a model folder nor empty"):
+        CheckpointWriter(tmp_path / "thesis.tex", overwrite=True)
+
+
+def test_a_folder_made_meanwhile_is_spared(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="meanwhile"),
+        CheckpointWriter(tmp_path / "model"),
+    ):
+        (tmp_path / "model").mkdir()
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # safetensors' own
+    ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path: Path, failure: Exception) -> None:
+    with (
+        pytest.raises(UserError, match=f"no space left on the disk of {tmp_path}"),
+        CheckpointWriter(tmp_path / "model"),
+    ):
+        raise failure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_small_a_disk_is_noticed_early(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB, but only"):
+        CheckpointWriter(tmp_path / "model", expected_bytes=10**18)
+
+
+def test_an_unwritable_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}/file"):
+        CheckpointWriter(tmp_path / "file" / "model")
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    path = folder / json.loads((folder / INDEX_FILE).read_text())["weight_map"][name]
+    shard = load_file(path)
+    shard[name] = change(shard[name].clone())
+    save_file(shard, path)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        validate_checkpoint(folder)
+    return str(caught.value)
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    assert "absent is not a folder" in refusal(tmp_path / "absent")
+
+
+def test_no_config(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    assert "has no config.json" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'"offq"'])
+def test_bad_json(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "config.json").write_bytes(content)
+    assert "config.json" in refusal(checkpoint)
+
+
+def test_an_unquantized_model(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda config: config.pop("quantization_config"))
+    assert "unquantized model; quantize it with `offq quantize`" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"quant_method": "awq"}, "quant_method 'awq'"),
+        ({"format_version": 2}, "format version 2"),
+        ({"sparsity": 0.5}, "sparsity is an unknown key"),
+        ({"ignore": "lm_head"}, "ignore is wrong"),
+        ({"weights": {"bits": 4, "group_size": 48}}, "weights.group_size 48 does not divide"),
+        (
+            {"kv_cache": {"bits": 4, "group_size": 12, "key_rotation": True}},
+            "kv_cache.group_size 12 does not divide the 16 channels",
+        ),
+        ({"kv_cache": None}, "self_attn.attn.key_rotation does not belong"),
+    ],
+)
+def test_bad_quantization_config(checkpoint: Path, change: dict[str, Any], sentence: str) -> None:
+    edit_json(
+        checkpoint / "config.json", lambda config: config["quantization_config"].update(change)
+    )
+    assert sentence in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive number, not '64'"),
+        ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+        ({"tie_word_embeddings": True}, "lm_head.weight does not belong"),
+        ({"attention_bias": True}, "self_attn.q_proj.bias is missing"),
+        ({"vocab_size": 51}, "model.embed_tokens.weight has shape [50, 64] instead of [51, 64]"),
+    ],
+)
+def test_config_and_tensors_disagree(
+    checkpoint: Path, change: dict[str, Any], sentence: str
+) -> None:
+    edit_json(checkpoint / "config.json", lambda config: config.update(change))
+    assert sentence in refusal(checkpoint)
+
+
+def test_a_linear_without_a_site(checkpoint: Path) -> None:
+    edit_json(
+        checkpoint / "config.json",
+        lambda config: config["quantization_config"]["sites"].pop("mlp"),
+    )
+    assert "mlp.gate_proj is neither in a site nor in ignore" in refusal(checkpoint)
+
+
+def test_no_index(checkpoint: Path) -> None:
+    (checkpoint / INDEX_FILE).unlink()
+    assert f"has no {INDEX_FILE}" in refusal(checkpoint)
+
+
+def test_index_without_weight_map(checkpoint: Path) -> None:
+    (checkpoint / INDEX_FILE).write_text("{}")
+    assert "has no weight_map" in refusal(checkpoint)
+
+
+def test_a_missing_shard(checkpoint: Path) -> None:
+    shard = sorted(checkpoint.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert f"has no {shard.name}" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "filename", ["../secret.safetensors", "/etc/x.safetensors", "..\\x.safetensors", "model.bin", 7]
+)
+def test_the_index_may_not_lead_elsewhere(checkpoint: Path, filename: object) -> None:
+    shard = next(checkpoint.glob("*.safetensors"))
+    shutil.copy(shard, checkpoint.parent / "secret.safetensors")
+    edit_json(
+        checkpoint / INDEX_FILE,
+        lambda index: index["weight_map"].update({"model.norm.weight": filename}),
+    )
+    sentence = refusal(checkpoint)
+    assert repr(filename) in sentence
+    assert "model.norm.weight" in sentence
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_truncated_shard(checkpoint: Path, size: int) -> None:
+    shard = sorted(checkpoint.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:size])
+    assert f"{shard.name} is truncated or corrupt" in refusal(checkpoint)
+
+
+def test_a_shard_of_noise(checkpoint: Path) -> None:
+    shard = sorted(checkpoint.glob("*.safetensors"))[0]
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    assert f"{shard.name} is truncated or corrupt" in refusal(checkpoint)
+
+
+def test_index_and_shard_disagree(checkpoint: Path) -> None:
+    name = "model.norm.weight"
+    index = json.loads((checkpoint / INDEX_FILE).read_text())
+    edit_json(checkpoint / INDEX_FILE, lambda content: content["weight_map"].pop(name))
+    sentence = refusal(checkpoint)
+    assert f"tensor {name} is in {index['weight_map'][name]}" in sentence
+
+
+def test_a_tensor_missing_in_its_shard(checkpoint: Path) -> None:
+    edit_json(
+        checkpoint / INDEX_FILE,
+        lambda index: index["weight_map"].update(
+            {"model.norm.bias": index["weight_map"]["model.norm.weight"]}
+        ),
+    )
+    assert "tensor model.norm.bias should be in model-0" in refusal(checkpoint)
+
+
+def test_a_renamed_tensor(checkpoint: Path) -> None:
+    name, renamed = "model.layers.1.mlp.up_proj.weight_scale", "model.layers.1.mlp.up_proj.scales"
+    filename = json.loads((checkpoint / INDEX_FILE).read_text())["weight_map"][name]
+    shard = load_file(checkpoint / filename)
+    shard[renamed] = shard.pop(name)
+    save_file(shard, checkpoint / filename)
+    edit_json(
+        checkpoint / INDEX_FILE,
+        lambda index: index["weight_map"].update({renamed: index["weight_map"].pop(name)}),
+    )
+    assert f"tensor {name} is missing (there is an unexpected {renamed})" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (
+            "model.layers.0.mlp.down_proj.weight_packed",
+            lambda x: x.view(128, 32),
+            "has shape [128, 32] instead of [64, 64]",
+        ),
+        (
+            "model.layers.0.mlp.down_proj.weight_packed",
+            lambda x: x.view(torch.int8),
+            "has dtype torch.int8 instead of torch.uint8",
+        ),
+        (
+            "model.layers.1.self_attn.q_proj.weight_scale",
+            lambda x: x.float(),
+            "has dtype torch.float32 instead of torch.float16",
+        ),
+        (
+            "model.layers.1.self_attn.q_proj.weight_scale",
+            lambda x: x.index_fill_(0, torch.tensor([63]), float("nan")),
+            "holds NaN or infinity",
+        ),
+        (
+            "model.layers.1.self_attn.q_proj.weight_scale",
+            lambda x: x.index_fill_(0, torch.tensor([5]), float("inf")),
+            "holds NaN or infinity",
+        ),
+        (
+            "model.layers.1.self_attn.q_proj.weight_scale",
+            lambda x: x.index_fill_(0, torch.tensor([5]), -0.5),
+            "holds a negative scale",
+        ),
+        (
+            "model.layers.0.self_attn.attn.key_rotation",
+            lambda x: x.fill_(float("nan")),
+            "holds NaN or infinity",
+        ),
+        (
+            "model.layers.0.self_attn.attn.key_rotation",
+            lambda x: x * 1.01,
+            "is not orthogonal",
+        ),
+        (
+            "model.embed_tokens.weight",
+            lambda x: x.index_fill_(0, torch.tensor([49]), float("inf")),
+            "holds NaN or infinity",
+        ),
+        ("model.norm.weight", lambda x: x.fill_(float("nan")), "holds NaN or infinity"),
+        ("lm_head.weight", lambda x: x.fill_(float("nan")), "holds NaN or infinity"),
+    ],
+)
+def test_a_spoilt_tensor(
+    checkpoint: Path, name: str, change: Callable[[Tensor], Tensor], sentence: str
+) -> None:
+    edit_tensor(checkpoint, name, change)
+    assert f"tensor {name} {sentence}" in refusal(checkpoint)
+
+
+def test_any_random_rotation_survives_float16(checkpoint: Path) -> None:
+    edit_tensor(
+        checkpoint,
+        "model.layers.0.self_attn.attn.key_rotation",
+        lambda x: torch.linalg.qr(torch.randn(x.shape))[0].half().contiguous(),
+    )
+    validate_checkpoint(checkpoint)

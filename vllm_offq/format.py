@@ -76,7 +76,8 @@ class CheckpointConfig(_Strict):
 
     quant_method: Literal["offq"]
     format_version: Literal[1]
-    producer: Name
+    produced_by: Name
+    """Not `producer`: vLLM reads that key as an object, as ModelOpt writes it."""
     settings_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Of the calibration settings, as canonical JSON."""
     recipe: Name

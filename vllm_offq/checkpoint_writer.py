@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -1,0 +1,130 @@
+"""`offq inspect`: what a checkpoint holds, what it weighs, how it was made, whether it is sound."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_offq.errors import UserError
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that `offq quantize` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show what is in a checkpoint and whether it is valid (exit code 2 if not)."""
+    from vllm_offq.checkpoint import Checkpoint, validate_checkpoint  # torch is slow to import
+
+    content = describe(Checkpoint(checkpoint))
+    problem: UserError | None = None
+    try:
+        validate_checkpoint(checkpoint)
+    except UserError as error:
+        problem = error
+    if as_json:
+        validation = {"valid": problem is None, "problem": problem and str(problem)}
+        print(json.dumps(content | validation, indent=2))
+    else:
+        _print(content, problem)
+    if problem is not None:
+        raise problem
+
+
+def describe(checkpoint: Any) -> dict[str, Any]:
+    """Sizes and settings of a vllm_offq.checkpoint.Checkpoint, from its headers alone."""
+    from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE
+
+    kinds = {
+        WEIGHT_PACKED: "quantized weights",
+        WEIGHT_SCALE: "weight scales",
+        KEY_ROTATION: "key rotations",
+    }
+    tensors: dict[str, dict[str, int]] = {}
+    for name in checkpoint.names:
+        last = name.rpartition(".")[2]
+        outside = "embedding and head" if "layers" not in name else "norms and biases"
+        kind = kinds.get(last, "norms and biases" if "norm" in name else outside)
+        entry = tensors.setdefault(kind, {"tensors": 0, "parameters": 0, "bytes": 0})
+        count = 1
+        for size in checkpoint.shape(name):
+            count *= size
+        entry["tensors"] += 1
+        entry["parameters"] += 2 * count if last == WEIGHT_PACKED else count
+        entry["bytes"] += count * checkpoint.dtype(name).itemsize
+    quantized = tensors.get("quantized weights", {"parameters": 0, "bytes": 0})
+    scales = tensors.get("weight scales", {"bytes": 0})
+    bits = 8 * (quantized["bytes"] + scales["bytes"]) / max(quantized["parameters"], 1)
+    files = [path.stat().st_size for path in checkpoint.path.iterdir() if path.is_file()]
+    return {
+        "path": str(checkpoint.path),
+        "architecture": checkpoint.model_config.get("architectures"),
+        "tensors": tensors,
+        "bytes": sum(entry["bytes"] for entry in tensors.values()),
+        "bytes_on_disk": sum(files),
+        "shards": len(checkpoint.shard_names),
+        "bits_per_quantized_weight": bits,
+        "quantization_config": checkpoint.config.model_dump(),
+    }
+
+
+def _print(content: dict[str, Any], problem: UserError | None) -> None:
+    console = Console()
+    config = content["quantization_config"]
+    sizes = Table(title=f"{content['path']} ({', '.join(content['architecture'] or ['?'])})")
+    sizes.add_column("kind")
+    for column in ("tensors", "parameters", "MB"):
+        sizes.add_column(column, justify="right")
+    for kind, entry in content["tensors"].items():
+        megabytes = f"{entry['bytes'] / 1e6:.2f}"
+        sizes.add_row(kind, str(entry["tensors"]), f"{entry['parameters']:,}", megabytes)
+    sizes.add_section()
+    total = sum(entry["tensors"] for entry in content["tensors"].values())
+    sizes.add_row("all", str(total), "", f"{content['bytes'] / 1e6:.2f}")
+    console.print(sizes)
+
+    sites = Table(title="inputs of the linears")
+    columns = ("site", "linears", "bits", "group", "grid", "clip", "fused rotation", "online")
+    for column in columns:
+        sites.add_column(column)
+    for name, site in config["sites"].items():
+        online = site["online_hadamard"]
+        sites.add_row(
+            name,
+            ", ".join(site["modules"]),
+            str(site["bits"]),
+            str(site["group_size"]),
+            "symmetric" if site["symmetric"] else "asymmetric",
+            f"{site['clip_ratio']:g}",
+            site["fused_rotation"],
+            f"Hadamard {online}" if online else "none",
+        )
+    console.print(sites)
+
+    settings = Table(show_header=False)
+    settings.add_column()
+    settings.add_column(overflow="fold")
+    weights, cache = config["weights"], config["kv_cache"]
+    scale_of = f"group of {weights['group_size']}" if weights["group_size"] else "channel"
+    settings.add_row("recipe", config["recipe"])
+    settings.add_row(
+        "weights",
+        f"{content['bits_per_quantized_weight']:.3f} bits each, one scale per {scale_of} included",
+    )
+    settings.add_row(
+        "KV cache",
+        f"{cache['bits']} bits, groups of {cache['group_size']}, keys "
+        + ("rotated" if cache["key_rotation"] else "not rotated")
+        if cache
+        else "vLLM's own",
+    )
+    settings.add_row("16 bit", ", ".join(config["ignore"]) or "embedding and norms only")
+    settings.add_row("format", f"version {config['format_version']}, {config['produced_by']}")
+    settings.add_row("settings, SHA-256", config["settings_sha256"])
+    settings.add_row(
+        "on disk", f"{content['bytes_on_disk'] / 1e6:.2f} MB, {content['shards']} shards"
+    )
+    settings.add_row("validation", "[red]failed[/red]" if problem else "[green]passed[/green]")
+    console.print(settings)

@@ -1,9 +1,14 @@
 """The command `offq`."""
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from calibration.eval_command import evaluate
+from calibration.inspect_command import inspect
+from calibration.settings import Basis, DTypeName, KVBits, RecipeName, Rounding, Settings
 from vllm_offq.errors import UserError
 
 app = typer.Typer(
@@ -12,6 +17,68 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize language models to 4-bit weights, activations and KV cache (OffQ).",
 )
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `quantize` a command by name, however many there are."""
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint; it must not exist.")],
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text or jsonl file, datasets-library name (NAME[:CONFIG[:SPLIT]]), or `self`: "
+            "text that the model writes."
+        ),
+    ] = "self",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    recipe: Annotated[
+        RecipeName, typer.Option(help="quarot and rtn are there to compare with.")
+    ] = "offq",
+    weights: Annotated[
+        Rounding | None, typer.Option(help="How weights are rounded; default: the recipe's.")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Channels that share a scale; default 128, or 64 where it must be."),
+    ] = None,
+    weight_group_size: Annotated[
+        int | None, typer.Option(help="Of weight scales; default: one per output channel.")
+    ] = None,
+    basis: Annotated[
+        Basis, typer.Option(help="Tokens that rank the residual stream's directions.")
+    ] = "top-1",
+    kv_bits: Annotated[KVBits, typer.Option(help="16 keeps vLLM's own cache.")] = "4",
+    dtype: Annotated[DTypeName, typer.Option(help="Of what stays unquantized.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Same seed, same input, same bytes.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT at the end.")] = False,
+) -> None:
+    """Quantize a model to 4-bit weights, activations and KV cache."""
+    settings = Settings(
+        recipe=recipe,
+        weights=weights,
+        group_size=group_size,
+        weight_group_size=weight_group_size,
+        basis=basis,
+        kv_bits=kv_bits,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        dtype=dtype,
+    )
+    from calibration.quantize_command import run  # torch and transformers are slow to import
+
+    run(model, out, settings, overwrite)
+
+
+app.command()(inspect)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 Calibration writes by this module, the plugin reads by it; docs/format.md describes it.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import (
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vllm_offq.errors import UserError
 
-QUANT_METHOD = "offq"
-FORMAT_VERSION = 1
+QUANT_METHOD: Final = "offq"
+FORMAT_VERSION: Final = 1
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"

@@ -1,0 +1,26 @@
+"""What calibration must know of each model family: one small table a family."""
+
+from calibration.architectures.base import Architecture, Site
+from calibration.architectures.llama import LLAMA
+from vllm_offq.errors import UserError
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture for architecture in (LLAMA,)
+}
+
+
+def find_architecture(names: list[str] | None) -> Architecture:
+    """The table for a config's `architectures`.
+
+    Raises: UserError listing the supported ones.
+    """
+    for name in names or []:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    raise UserError(
+        f"architecture {', '.join(names or ['(none named)'])} is not supported; supported: "
+        + ", ".join(sorted(ARCHITECTURES))
+    )
+
+
+__all__ = ["ARCHITECTURES", "Architecture", "Site", "find_architecture"]

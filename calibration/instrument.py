@@ -1,0 +1,138 @@
+"""A Hugging Face model made to rotate, quantize-dequantize and be observed.
+
+Linears become OffQLinear and attention goes through a registered attention function, so the
+very classes of transformers run: with grids off they must compute what the original computes,
+with grids on what the served model computes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from calibration.architectures import Architecture
+from vllm_offq.format import SiteConfig
+from vllm_offq.quantizer import dequantize, fake_quantize, group_range, quantize
+from vllm_offq.rotation import apply_block_hadamard
+
+ATTENTION = "offq"
+
+
+class OffQLinear(nn.Module):
+    """A linear that rotates its input online, and quantizes it when a grid is set."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.online_hadamard: int | None = None
+        self.grid: SiteConfig | None = None
+        self.observe: Callable[[Tensor], None] | None = None
+        """Called with the rotated, unquantized input [..., in_features]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.online_hadamard is not None:
+            x = apply_block_hadamard(x, self.online_hadamard)
+        if self.observe is not None:
+            self.observe(x)
+        if self.grid is not None:
+            x = fake_quantize(x, self.grid.group_size, self.grid.clip_ratio, self.grid.symmetric)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class AttentionState:
+    """What the attention function does to one layer's queries, keys and values."""
+
+    key_rotation: Tensor | None = None
+    """[num_kv_heads, D, D]; queries and keys are multiplied by it after RoPE."""
+    kv_group_size: int | None = None
+    """Quantize keys and values in groups of this many channels; None: leave them."""
+    observe: Callable[[Tensor, Tensor], None] | None = None
+    """Called with keys (before rotation) and values, [B, num_kv_heads, T, D]."""
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    state: AttentionState = module.offq  # type: ignore[assignment]
+    if state.observe is not None:
+        state.observe(key, value)
+    if state.key_rotation is not None:
+        rotation = state.key_rotation.to(key)
+        key = key @ rotation
+        query = query @ rotation.repeat_interleave(query.shape[1] // key.shape[1], 0)
+    if state.kv_group_size is not None:
+        key = fake_quantize_kv(key, state.kv_group_size)
+        value = fake_quantize_kv(value, state.kv_group_size)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def fake_quantize_kv(x: Tensor, group_size: int) -> Tensor:
+    """The cache's grid: like activations, but scale and offset are stored in float16."""
+    scale, offset = (part.half().float() for part in group_range(x, group_size))
+    return dequantize(quantize(x, scale, offset), scale, offset).to(x.dtype)
+
+
+def instrument(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Replace every quantizable linear and the attention function, in place.
+
+    The model computes what it did before until a rotation or a grid is set.
+    """
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+    for layer in layers_of(model, architecture):
+        layer.get_submodule(architecture.attention).offq = AttentionState()  # type: ignore[assignment]
+        for site in architecture.sites:
+            for path in site.modules:
+                layer.set_submodule(path, OffQLinear(layer.get_submodule(path)))  # type: ignore[arg-type]
+
+
+def layers_of(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
+    """The decoder blocks in order."""
+    return list(model.get_submodule(architecture.layers).children())
+
+
+def attention_state(layer: nn.Module, architecture: Architecture) -> AttentionState:
+    """The state of an instrumented block's attention."""
+    return layer.get_submodule(architecture.attention).offq  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def first_layer_inputs(
+    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, batch_size: int
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """What reaches the first block: hidden states a batch [B, T, n], and its other arguments.
+
+    tokens: [S, T] int64, batch_size divides S, so that the arguments (positions, rotary
+    tables) serve every batch.
+    """
+    hidden: list[Tensor] = []
+    arguments: dict[str, Any] = {}
+
+    class Stop(Exception):  # noqa: N818 - leaves the forward pass, no error
+        pass
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
+        kwargs.pop("hidden_states", None)
+        arguments.update(kwargs, past_key_values=None, use_cache=False)
+        raise Stop
+
+    handle = layers_of(model, architecture)[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in tokens.split(batch_size):
+            try:
+                model(batch, use_cache=False)
+            except Stop:
+                continue
+    finally:
+        handle.remove()
+    return hidden, arguments

@@ -1,0 +1,39 @@
+"""README.md of a checkpoint, with the metadata that Hugging Face reads."""
+
+from dataclasses import asdict
+
+from huggingface_hub import ModelCardData
+
+from calibration.settings import Settings
+from vllm_offq.format import CheckpointConfig
+
+
+def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
+    """The card's text. name: of the original, a hub id where it came from the hub."""
+    cached = config.kv_cache is not None
+    metadata = ModelCardData(
+        base_model=name if "/" in name else None,
+        base_model_relation="quantized",
+        library_name="vllm",
+        pipeline_tag="text-generation",
+        tags=["offq", "4-bit", "w4a4", "vllm"],
+    )
+    rows = "\n".join(f"| {key} | {value} |" for key, value in asdict(settings).items())
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {name}, OffQ {"W4A4KV4" if cached else "W4A4"}
+
+{name} with 4-bit weights and activations{" and a 4-bit KV cache" if cached else ""}, made by
+{config.produced_by}. Serve it where the plugin `vllm-offq` is installed beside vLLM:
+
+    vllm serve FOLDER
+
+## How it was made
+
+| setting | value |
+|---|---|
+{rows}
+| settings, SHA-256 | {config.settings_sha256} |
+"""

@@ -1,0 +1,43 @@
+"""`offq quantize` on a terminal: progress while it runs, a summary at the end."""
+
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.table import Table
+
+from calibration.pipeline import Report, quantize
+from calibration.progress import rich_progress
+from calibration.settings import Settings
+
+
+def run(model: str, out: Path, settings: Settings, overwrite: bool) -> None:
+    """Quantize with bars, then print what was done."""
+    console = Console()
+    report = quantize(model, out, settings, overwrite=overwrite, progress=rich_progress(console))
+    console.print(summary(report))
+    console.print(f"Wrote {out} - serve it: vllm serve {out}", highlight=False)
+
+
+def summary(report: Report) -> Table:
+    """Sizes, signal-to-noise of the activations by place, the linears that lost most, time."""
+    table = Table(title="Quantized", show_header=False)
+    ratio = report.original_bytes / report.checkpoint_bytes
+    table.add_row(
+        "weights",
+        f"{report.original_bytes / 1e6:.0f} MB to {report.checkpoint_bytes / 1e6:.0f} MB "
+        f"({ratio:.2f} times smaller)",
+    )
+    for site, values in report.signal_to_noise.items():
+        worst = min(range(len(values)), key=values.__getitem__)
+        table.add_row(
+            f"signal to noise, {site.replace('_', ' ')}",
+            f"{fmean(values):.1f} dB mean, {values[worst]:.1f} dB worst (layer {worst})",
+        )
+    name, error = max(report.output_error.items(), key=lambda item: item[1])
+    table.add_row(
+        "output error from rounding weights",
+        f"{fmean(report.output_error.values()):.2%} mean, {error:.2%} worst ({name})",
+    )
+    table.add_row("time", f"{report.seconds:.0f} s")
+    return table

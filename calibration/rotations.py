@@ -1,0 +1,75 @@
+"""From statistics to rotations: OffQ (arXiv 2606.07116) and QuaRot (arXiv 2404.00456)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.statistics import Statistics
+from vllm_offq.rotation import group_rotation, hadamard, principal_basis, sorted_grouping
+
+
+@dataclass
+class Rotations:
+    """None leaves a place as it is. All float64; L layers, H_kv KV heads, D head_size."""
+
+    residual: Tensor | None = None
+    """[n, n], shared by the whole residual stream, fused."""
+    keys: Tensor | None = None
+    """[L, H_kv, D, D], queries and keys after RoPE, online."""
+    values: Tensor | None = None
+    """[L, H_kv, D, D], fused into v and o."""
+    down_order: Tensor | None = None
+    """[L, intermediate] int64: which channel goes to each place before down_proj, fused."""
+    down_signs: Tensor | None = None
+    """[L, intermediate], +1 or -1, fused."""
+    down_block_size: int | None = None
+    """Block of the Hadamard before down_proj, online."""
+
+
+def principal_rotations(
+    statistics: Statistics, group_size: int, head_group_size: int, down_group_size: int, basis: str
+) -> Rotations:
+    """OffQ: principal basis, sorted grouping, group Hadamard at every place.
+
+    basis: "top-1" ranks directions by the largest token of every sequence (the paper), "all" by
+    every token.
+    """
+    tokens = statistics.top_tokens if basis == "top-1" else statistics.top_tokens[:0]
+    grouping = sorted_grouping(statistics.down_energy.shape[1], down_group_size)
+    return Rotations(
+        residual=group_rotation(principal_basis(tokens, statistics.residual), group_size),
+        keys=_head_rotations(statistics.keys, head_group_size),
+        values=_head_rotations(statistics.values, head_group_size),
+        down_order=statistics.down_energy.argsort(dim=1, descending=True, stable=True)[:, grouping],
+        down_block_size=down_group_size,
+    )
+
+
+def _head_rotations(moments: Tensor, group_size: int) -> Tensor:
+    """Each head's principal direction becomes the constant of its (first) group."""
+    no_tokens = moments.new_zeros(0, moments.shape[-1])
+    heads = [
+        group_rotation(principal_basis(no_tokens, head), group_size)
+        for head in moments.flatten(0, 1)
+    ]
+    return torch.stack(heads).view(moments.shape)
+
+
+def hadamard_rotations(statistics: Statistics, seed: int) -> Rotations:
+    """QuaRot: a randomised Hadamard over the whole width at every place (heads: over a head)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def signs(*shape: int) -> Tensor:
+        return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
+
+    layers, num_heads, head_size, _ = statistics.keys.shape
+    hidden_size, intermediate_size = statistics.residual.shape[0], statistics.down_energy.shape[1]
+    head = hadamard(head_size)
+    return Rotations(
+        residual=signs(hidden_size)[:, None] * hadamard(hidden_size),
+        keys=signs(layers, num_heads, head_size)[..., None] * head,
+        values=signs(layers, num_heads, head_size)[..., None] * head,
+        down_signs=signs(layers, intermediate_size),
+        down_block_size=intermediate_size,
+    )

@@ -1,0 +1,72 @@
+"""What a calibration run is asked to do, and the recipes it can follow."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from vllm_offq.errors import UserError
+
+RecipeName = Literal["offq", "quarot", "rtn"]
+Rounding = Literal["gptq", "rtn"]
+Basis = Literal["top-1", "all"]
+KVBits = Literal["4", "16"]
+DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rotations are made and activations rounded."""
+
+    rotation: Literal["principal", "hadamard", "none"]
+    grouped: bool
+    """A grid per group of channels; otherwise one per token."""
+    symmetric: bool
+    clip_ratio: float
+
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "offq": Recipe(rotation="principal", grouped=True, symmetric=False, clip_ratio=0.95),
+    "quarot": Recipe(rotation="hadamard", grouped=False, symmetric=True, clip_ratio=0.9),
+    "rtn": Recipe(rotation="none", grouped=False, symmetric=True, clip_ratio=1.0),
+}
+"""offq: arXiv 2606.07116, this project's method; quarot: arXiv 2404.00456, the peer to compare
+with; rtn: no rotation."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the bytes of a checkpoint besides the model and the calibration text."""
+
+    recipe: RecipeName = "offq"
+    weights: Rounding | None = None
+    """None: gptq, but rtn for the recipe rtn."""
+    group_size: int | None = None
+    """Of activations; None: 128 where it divides, else 64."""
+    weight_group_size: int | None = None
+    """Of weight scales; None: one per output channel."""
+    basis: Basis = "top-1"
+    """Tokens that rank the residual stream's directions: each sequence's largest, or all."""
+    kv_bits: KVBits = "4"
+    calibration: str = "self"
+    samples: int = 32
+    sequence_length: int = 512
+    seed: int = 0
+    dtype: DTypeName = "auto"
+    """Of what stays unquantized; auto: the original's, but bfloat16 for a float32 original."""
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise UserError(f"recipe {self.recipe} is unknown; choose from {', '.join(RECIPES)}")
+        if self.samples < 1 or self.sequence_length < 2:
+            raise UserError("--samples must be at least 1 and --sequence-length at least 2")
+
+    @property
+    def rounding(self) -> Rounding:
+        """How weights are rounded: gptq or rtn."""
+        return self.weights or ("rtn" if self.recipe == "rtn" else "gptq")
+
+    def sha256(self) -> str:
+        """Digest of the settings as canonical JSON (sorted keys, no spaces)."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()

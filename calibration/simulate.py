@@ -1,0 +1,57 @@
+"""A checkpoint computed by plain transformers, quantizing and dequantizing in torch.
+
+The reference for what a server must answer, and the quick way to measure a recipe: the same
+grid and rotations as vllm_offq.kernels.reference, in the Hugging Face classes.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from calibration.architectures import find_architecture
+from calibration.instrument import OffQLinear, attention_state, instrument, layers_of
+from vllm_offq.checkpoint import Checkpoint
+from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE, unpack_int4
+from vllm_offq.quantizer import dequantize
+
+
+@torch.no_grad()
+def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
+    """The model of an OffQ checkpoint in float32 with its grids on, and its tokenizer.
+
+    Raises: UserError if path is no OffQ checkpoint.
+    """
+    checkpoint = Checkpoint(Path(path))
+    hf_config = AutoConfig.from_pretrained(path)
+    hf_config.quantization_config = None
+    architecture = find_architecture(hf_config.architectures)
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    instrument(model, architecture)
+    loaded = {}
+    for name in checkpoint.names:
+        module, _, kind = name.rpartition(".")
+        if kind == WEIGHT_PACKED:
+            codes = unpack_int4(checkpoint.load(name))
+            weight = dequantize(codes, checkpoint.load(f"{module}.{WEIGHT_SCALE}"))
+            loaded[f"{module}.weight"] = weight
+        elif kind not in (WEIGHT_SCALE, KEY_ROTATION):
+            loaded[name] = checkpoint.load(name).float()
+    model.load_state_dict(loaded)
+    config = checkpoint.config
+    for index, layer in enumerate(layers_of(model, architecture)):
+        for site in architecture.sites:
+            for module_path in site.modules:
+                linear: OffQLinear = layer.get_submodule(module_path)  # type: ignore[assignment]
+                linear.grid = config.sites[site.name]
+                linear.online_hadamard = linear.grid.online_hadamard
+        if config.kv_cache is not None:
+            state = attention_state(layer, architecture)
+            state.kv_group_size = config.kv_cache.group_size
+            if config.kv_cache.key_rotation:
+                state.key_rotation = checkpoint.load(
+                    f"{architecture.layers}.{index}.{architecture.attention}.attn.{KEY_ROTATION}"
+                ).float()
+    return model, AutoTokenizer.from_pretrained(path)

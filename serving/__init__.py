@@ -1,0 +1,1 @@
+"""Serving OffQ checkpoints: the demo, and the server process that it talks to."""

@@ -1,0 +1,100 @@
+"""A real `vllm serve` process, for as long as a `with` block lasts."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_TIMEOUT = 600  # seconds; 60 to 90 are usual on two cores
+STOP_TIMEOUT = 20
+KV_CAPACITY = re.compile(r"KV cache size: ([\d,]+) tokens")
+
+
+class ServerError(Exception):
+    """The server did not start; the message names its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    log: Path
+
+    def kv_capacity(self) -> int:
+        """How many tokens the KV cache holds, as vLLM itself reports it."""
+        found = KV_CAPACITY.search(self.log.read_text(errors="replace"))
+        if found is None:
+            raise ServerError(f"{self.log} does not say how large the KV cache is")
+        return int(found[1].replace(",", ""))
+
+
+@contextmanager
+def serve(model: Path, log: Path, *arguments: str, kv_gib: int = 2) -> Iterator[Server]:
+    """Serve a model folder on a free local port, without reaching for the network."""
+    port = _free_port()
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        *("serve", str(model)),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *arguments,
+    ]
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("w") as output:
+        # A session of its own: vLLM starts further processes, and all of them must end with it.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        _wait_until_healthy(server, process)
+        yield server
+    finally:
+        _end(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerError(f"vllm serve ended with exit code {process.returncode}: {server.log}")
+        try:
+            if httpx.get(f"{server.url}/health", timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(1)
+    raise ServerError(f"vllm serve did not start within {START_TIMEOUT} s: {server.log}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let vLLM end its processes by itself, then kill whatever is left of the group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_TIMEOUT)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -86,20 +86,19 @@ def _print(content: dict[str, Any], problem: UserError | None) -> None:
     console.print(sizes)
 
     sites = Table(title="inputs of the linears")
-    columns = ("site", "linears", "bits", "group", "grid", "clip", "fused rotation", "online")
-    for column in columns:
+    for column in ("site", "linears", "grid", "rotation"):
         sites.add_column(column)
     for name, site in config["sites"].items():
-        online = site["online_hadamard"]
+        kind = "symmetric" if site["symmetric"] else "asymmetric"
+        rotation = [f"{site['fused_rotation']}, fused"] if site["fused_rotation"] != "none" else []
+        if site["online_hadamard"]:
+            rotation.append(f"Hadamard {site['online_hadamard']}, online")
         sites.add_row(
             name,
-            ", ".join(site["modules"]),
-            str(site["bits"]),
-            str(site["group_size"]),
-            "symmetric" if site["symmetric"] else "asymmetric",
-            f"{site['clip_ratio']:g}",
-            site["fused_rotation"],
-            f"Hadamard {online}" if online else "none",
+            "\n".join(site["modules"]),
+            f"{site['bits']} bits, {kind}\ngroups of {site['group_size']}\n"
+            f"clip ratio {site['clip_ratio']:g}",
+            "\n".join(rotation) or "none",
         )
     console.print(sites)
 

@@ -1,0 +1,240 @@
+"""The reference kernels against arithmetic that shares no code with them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_offq.format import pack_int4
+from vllm_offq.kernels import reference
+from vllm_offq.rotation import hadamard
+
+
+def integer_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+) -> Tensor:
+    """The formula of docs/format.md, sum by sum, in int64 and float64."""
+    num_groups = scale.shape[1]
+    x, w = (part.long().unflatten(-1, (num_groups, -1)) for part in (codes, weight_codes))
+    products = torch.einsum("tgk,ngk->tgn", x, w).double()
+    sums = w.sum(-1).double()
+    w_scale = weight_scale.double().expand(-1, num_groups)
+    return torch.einsum("tg,ng,tgn->tn", scale.double(), w_scale, products) + torch.einsum(
+        "tg,ng,ng->tn", offset.double(), w_scale, sums
+    )
+
+
+@given(
+    tokens=st.integers(0, 5),
+    num_groups=st.integers(1, 4),
+    group_size=st.sampled_from([2, 16, 64, 96, 128]),
+    outputs=st.integers(1, 9),
+    scales_per_group=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60, deadline=None)
+def test_gemm_is_the_formula(
+    tokens: int, num_groups: int, group_size: int, outputs: int, scales_per_group: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    channels = num_groups * group_size
+    weight_codes = torch.randint(-8, 8, (outputs, channels), dtype=torch.int8)
+    weight_scale = torch.rand(outputs, num_groups if scales_per_group else 1).half()
+    codes = torch.randint(-8, 8, (tokens, channels), dtype=torch.int8)
+    scale, offset = torch.rand(tokens, num_groups), torch.randn(tokens, num_groups)
+    prepared, sums = reference.prepare_weight(pack_int4(weight_codes), num_groups)
+    assert torch.equal(prepared, weight_codes)
+    y = reference.gemm(codes, scale, offset, prepared, weight_scale, sums)
+    assert y.dtype == torch.float32
+    expected = integer_gemm(codes, scale, offset, weight_codes, weight_scale)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("leading", [(0,), (1,), (5,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_linear_approximates_the_matrix_product(
+    leading: tuple[int, ...], dtype: torch.dtype, symmetric: bool
+) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(-8, 8, (48, 256), dtype=torch.int8)
+    weight_scale = torch.rand(48, 1).half()
+    weight_codes, sums = reference.prepare_weight(pack_int4(codes), 4)
+    bias = torch.randn(48).to(dtype)
+    x = torch.randn(*leading, 256).to(dtype)
+    y = reference.linear(x, weight_codes, weight_scale, sums, bias, 64, 64, 1.0, symmetric)
+    assert y.dtype == dtype
+    assert y.shape == (*leading, 48)
+    rotated = x.float() @ torch.block_diag(*[hadamard(64).float()] * 4)
+    expected = rotated @ (codes.float() * weight_scale.float()).T + bias.float()
+    if y.numel():
+        noise = (y.float() - expected).pow(2).mean() / expected.pow(2).mean()
+        assert noise < 0.03  # 16 levels over the range of 64 normal values
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    torch.manual_seed(0)
+    weight_codes, sums = reference.prepare_weight(
+        pack_int4(torch.randint(-8, 8, (32, 128), dtype=torch.int8)), 2
+    )
+    x = torch.randn(4, 128)
+
+    def run(x: Tensor) -> Tensor:
+        return reference.linear(x, weight_codes, torch.ones(32, 1), sums, None, 64, 64, 0.95, False)
+
+    clean = run(x)
+    torch.testing.assert_close(run(x[2:3])[0], clean[2])
+    x[1, 3] = float("nan")
+    spoilt = run(x)
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+def test_no_rotation_when_there_is_none() -> None:
+    x = torch.arange(32.0).view(1, 32)
+    codes, scale, offset = reference.rotate_quantize(x, 16, 0, 1.0, False)
+    assert codes.tolist() == [[*range(-8, 8)] * 2]
+    assert scale.tolist() == [[1.0, 1.0]]
+    assert offset.tolist() == [[8.0, 24.0]]
+
+
+def test_rotating_queries_and_keys_keeps_their_products() -> None:
+    torch.manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(2, 16, 16))[0]
+    query, key = torch.randn(5, 6, 16), torch.randn(5, 2, 16)
+    rotated_query = reference.rotate_heads(query, rotation)
+    rotated_key = reference.rotate_heads(key, rotation)
+    for head in range(6):
+        torch.testing.assert_close(
+            rotated_query[:, head] @ rotated_key[:, head // 3].T,
+            query[:, head] @ key[:, head // 3].T,
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
+def empty_cache(blocks: int, heads: int, block_size: int, head_size: int, group: int) -> Tensor:
+    content_bytes = reference.kv_page_bytes(head_size, group)
+    return torch.full((blocks, heads, block_size, content_bytes), 0xA5, dtype=torch.uint8)
+
+
+@given(
+    tokens=st.integers(0, 9),
+    heads=st.integers(1, 3),
+    head=st.sampled_from([(64, 64), (128, 128), (256, 128), (96, 96), (16, 8)]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_cache_returns_what_was_stored(
+    tokens: int, heads: int, head: tuple[int, int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    head_size, group_size = head
+    block_size, blocks = 4, torch.tensor([5, 1, 3])
+    cache = empty_cache(7, heads, block_size, head_size, group_size)
+    key, value = (3 + torch.randn(2, tokens, heads, head_size)).unbind(0)
+    position = torch.arange(tokens)
+    slots = blocks[position // block_size] * block_size + position % block_size
+    reference.kv_store(key, value, cache, slots, group_size)
+    for stored, loaded in zip(
+        (key, value), reference.kv_load(cache, blocks, tokens, group_size), strict=True
+    ):
+        assert loaded.shape == (heads, tokens, head_size)
+        groups = stored.transpose(0, 1).unflatten(-1, (-1, group_size))
+        low, high = groups.aminmax(dim=-1, keepdim=True) if tokens else (groups, groups)
+        # Half a step; scale and offset are float16, which moves the 16 levels a little.
+        bound = (high - low) / 15 * 0.5 + 2.0**-11 * (8 * (high - low) / 15 + high.abs()) + 1e-5
+        error = (loaded.unflatten(-1, (-1, group_size)) - groups).abs()
+        assert (error <= bound).all()
+
+
+def test_padding_and_other_slots_are_untouched() -> None:
+    cache = empty_cache(3, 2, 4, 64, 64)
+    before = cache.clone()
+    key = torch.randn(3, 2, 64)
+    reference.kv_store(key, key, cache, torch.tensor([-1, 6, -1]), 64)
+    changed = (cache != before).any(-1).any(1).flatten().nonzero().flatten()
+    assert changed.tolist() == [6]
+    reference.kv_store(key[:0], key[:0], cache, torch.tensor([], dtype=torch.int64), 64)
+    reference.kv_store(key[:1], key[:1], cache, torch.tensor([6]), 64)
+    alone = empty_cache(3, 2, 4, 64, 64)
+    reference.kv_store(key[:1], key[:1], alone, torch.tensor([6]), 64)
+    assert torch.equal(cache, alone)
+
+
+@pytest.mark.parametrize(("head_size", "content_bytes"), [(64, 72), (128, 136), (96, 104)])
+def test_a_token_takes_half_a_byte_a_channel_and_eight(head_size: int, content_bytes: int) -> None:
+    assert reference.kv_page_bytes(head_size, head_size) == content_bytes
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 5])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_paged_attention_is_attention_over_the_dequantized_cache(
+    heads: int, kv_heads: int, sliding_window: int | None
+) -> None:
+    """Ragged: a decode, a first chunk, a later chunk, a request with nothing to do."""
+    torch.manual_seed(0)
+    head_size, block_size, scale = 64, 4, 1 / 8
+    seq_lens, new = [9, 6, 13, 3], [1, 6, 5, 0]
+    cache = empty_cache(16, kv_heads, block_size, head_size, head_size)
+    block_table = torch.randperm(16).view(4, 4)
+    for request, length in enumerate(seq_lens):
+        position = torch.arange(length)
+        slots = block_table[request, position // block_size] * block_size + position % block_size
+        key, value = torch.randn(2, length, kv_heads, head_size).unbind(0)
+        reference.kv_store(key, value, cache, slots, head_size)
+    query_start_loc = [0, 1, 7, 12, 12]
+    query = torch.randn(12, heads, head_size)
+    output = reference.paged_attention(
+        query, cache, block_table, seq_lens, query_start_loc, scale, head_size, sliding_window
+    )
+    for request, length in enumerate(seq_lens):
+        key, value = reference.kv_load(cache, block_table[request], length, head_size)
+        for token in range(new[request]):
+            row, position = query_start_loc[request] + token, length - new[request] + token
+            first = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
+            for head in range(heads):
+                kv_head = head // (heads // kv_heads)
+                seen = slice(first, position + 1)
+                weights = (key[kv_head, seen] @ query[row, head] * scale).softmax(0)
+                torch.testing.assert_close(
+                    output[row, head], weights @ value[kv_head, seen], atol=1e-5, rtol=1e-5
+                )
+
+
+def test_chunks_give_what_one_prefill_gives() -> None:
+    torch.manual_seed(0)
+    length, heads, head_size = 11, 2, 64
+    key, value, query = torch.randn(3, length, heads, head_size).unbind(0)
+    cache = empty_cache(3, heads, 4, head_size, head_size)
+    table = torch.tensor([[2, 0, 1]])
+    position = torch.arange(length)
+    slots = table[0, position // 4] * 4 + position % 4
+    reference.kv_store(key, value, cache, slots, head_size)
+    scale = 1 / math.sqrt(head_size)
+    whole = reference.paged_attention(query, cache, table, [11], [0, 11], scale, head_size)
+    chunked = empty_cache(3, heads, 4, head_size, head_size)
+    parts = []
+    for start, end in ((0, 4), (4, 5), (5, 11)):
+        reference.kv_store(key[start:end], value[start:end], chunked, slots[start:end], head_size)
+        parts.append(
+            reference.paged_attention(
+                query[start:end], chunked, table, [end], [0, end - start], scale, head_size
+            )
+        )
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_batch() -> None:
+    cache = empty_cache(1, 2, 4, 64, 64)
+    output = reference.paged_attention(
+        torch.zeros(0, 4, 64), cache, torch.zeros(0, 1, dtype=torch.int32), [], [0], 1.0, 64
+    )
+    assert output.shape == (0, 4, 64)

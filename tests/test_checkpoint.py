@@ -199,7 +199,7 @@ def test_an_unquantized_model(checkpoint: Path) -> None:
         ({"format_version": 2}, "format version 2"),
         ({"sparsity": 0.5}, "sparsity is an unknown key"),
         ({"ignore": "lm_head"}, "ignore is wrong"),
-        ({"weights": {"bits": 4, "group_size": 48}}, "weights.group_size 48 does not divide"),
+        ({"weights": {"bits": 4, "group_size": 32}}, "must be null or equal group_size 16 of site"),
         (
             {"kv_cache": {"bits": 4, "group_size": 12, "key_rotation": True}},
             "kv_cache.group_size 12 does not divide the 16 channels",
@@ -230,6 +230,28 @@ def test_config_and_tensors_disagree(
 ) -> None:
     edit_json(checkpoint / "config.json", lambda config: config.update(change))
     assert sentence in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["group_size", "online_hadamard"])
+def test_a_site_that_does_not_fit_its_linears(checkpoint: Path, key: str) -> None:
+    edit_json(
+        checkpoint / "config.json",
+        lambda config: config["quantization_config"]["sites"]["mlp_output"].update({key: 96}),
+    )
+    assert f"{key} 96 does not divide the 128 channels of model.layers.0.mlp.down_proj" in refusal(
+        checkpoint
+    )
+
+
+def test_scales_per_group(tmp_path: Path) -> None:
+    config = model_config()
+    quantization = config["quantization_config"]
+    quantization["weights"]["group_size"] = 16
+    for site in quantization["sites"].values():
+        site["group_size"] = 16
+    folder = write(tmp_path / "model", config)
+    sentence = refusal(folder)
+    assert "q_proj.weight_scale has shape [64, 1] instead of [64, 4]" in sentence
 
 
 def test_a_linear_without_a_site(checkpoint: Path) -> None:

@@ -101,6 +101,13 @@ class CheckpointConfig(_Strict):
     def _sizes_fit(self) -> "CheckpointConfig":
         if any(site.group_size % 2 for site in self.sites.values()):
             raise ValueError("every group_size must be even (two codes share a byte)")
+        size = self.weights.group_size
+        for name, site in self.sites.items():
+            if size is not None and size != site.group_size:
+                raise ValueError(
+                    f"weights.group_size {size} must be null or equal group_size "
+                    f"{site.group_size} of site {name}: a group has one scale on each side"
+                )
         return self
 
     def site_of(self, module: str) -> SiteConfig | None:
@@ -135,12 +142,13 @@ def parse_config(raw: Any) -> CheckpointConfig:
         return CheckpointConfig.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"]) or "it"
+        key = ".".join(str(part) for part in problem["loc"])
+        wrong = problem["msg"].removeprefix("Value error, ")
         message = {
-            "extra_forbidden": "is an unknown key",
-            "missing": "is missing",
-        }.get(problem["type"], f"is wrong: {problem['msg']}")
-        raise UserError(f"quantization_config: {key} {message}") from None
+            "extra_forbidden": f"{key} is an unknown key",
+            "missing": f"{key} is missing",
+        }.get(problem["type"], f"{key} is wrong: {wrong}" if key else wrong)
+        raise UserError(f"quantization_config: {message}") from None
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sample_checkpoint import HIDDEN, tensors, write
+from sample_checkpoint import HIDDEN, model_config, tensors, write
 from torch import Tensor
 
 from vllm_offq.checkpoint import Checkpoint, CheckpointWriter, validate_checkpoint

@@ -1,0 +1,42 @@
+"""One vLLM server per configuration, shared by all tests of a session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny_llama
+from vllm_server import Server, serve
+
+from calibration.pipeline import quantize
+from calibration.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny unquantized Llama, head size 64, float32."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", tied=False)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(original: Path) -> Path:
+    """The same, quantized."""
+    out = original.parent / "tiny-offq"
+    quantize(str(original), out, Settings(samples=4, sequence_length=64, dtype="float32"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def float32_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Eager, with chunks of 64 tokens, so that longer prompts need several."""
+    options = ["--quantization", "offq", "--dtype", "float32", "--enforce-eager"]
+    options += ["--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--block-size", "32"]
+    with serve(checkpoint, tmp_path_factory.mktemp("float32"), *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bfloat16_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Compiled, and without any option about quantization."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+    with serve(checkpoint, folder, "--dtype", "bfloat16") as server:
+        yield server

@@ -1,0 +1,174 @@
+"""A served checkpoint answers what the plain transformers calculation says.
+
+How close that is: arithmetic in another order moves a value by 1e-6 of itself, and where it lies
+that close to the boundary between two codes, it gets the other code, one of fifteen steps away.
+All that follows differs then by a fraction of the quantization noise. In float32 this is rare:
+most log-probabilities are equal to 1e-4, and all within NOISE. In 16 bit it happens in every token
+and grows from layer to layer (a perturbation of d steps flips a share d of the codes by a whole
+step, so its amplitude becomes sqrt(d)), so only the amount can be bounded: by the noise itself.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from openai import OpenAI
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from vllm_server import KV_CACHE_GIB, Server
+
+from calibration.simulate import load_simulated
+
+pytestmark = pytest.mark.slow
+
+NOISE = 0.3
+"""Nats; the checkpoint's log-probabilities differ from the original's by this on average."""
+
+SENTENCES = [
+    "The quick brown fox",
+    "In 1969 three people flew to the moon; two of them walked there. ",
+    "A cache keeps what was computed once, so that it need not be computed again. " * 3,
+    "Every model answers the same question in its own words. " * 18,
+]
+
+
+class Answer(NamedTuple):
+    """Token ids, and log-probabilities of the prompt (from its second token) and the answer."""
+
+    tokens: list[int]
+    prompt_logprobs: Tensor
+    logprobs: Tensor
+
+
+def ask(url: str, prompt: list[int], max_tokens: int = 16, prompt_logprobs: bool = True) -> Answer:
+    """A greedy completion by the OpenAI client."""
+    extra = {"return_token_ids": True, "ignore_eos": True, "return_tokens_as_token_ids": True}
+    if prompt_logprobs:  # vLLM reads no cached prefix then
+        extra["prompt_logprobs"] = 0
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    choice = client.completions.create(
+        model="tiny",
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=0,
+        logprobs=0,
+        extra_body=extra,
+    ).choices[0]
+    of_prompt = (choice.model_extra or {}).get("prompt_logprobs") or [None]
+    return Answer(
+        (choice.model_extra or {})["token_ids"],
+        torch.tensor(
+            [
+                entry[str(token)]["logprob"]
+                for entry, token in zip(of_prompt[1:], prompt[1:], strict=False)
+            ]
+        ),
+        torch.tensor(choice.logprobs.token_logprobs),
+    )
+
+
+@torch.no_grad()
+def calculate(model: PreTrainedModel, prompt: list[int], max_tokens: int = 16) -> Answer:
+    """The same by plain transformers."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    chosen = logprobs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    split = len(prompt) - 1
+    return Answer(tokens[len(prompt) :], chosen[:split], chosen[split:])
+
+
+@pytest.fixture(scope="session")
+def simulated(checkpoint: Path) -> PreTrainedModel:
+    return load_simulated(checkpoint)[0]
+
+
+@pytest.fixture(scope="session")
+def prompts(checkpoint: Path) -> list[list[int]]:
+    """4 to about 200 tokens."""
+    tokenizer = load_simulated(checkpoint)[1]
+    return [tokenizer(text).input_ids for text in SENTENCES]
+
+
+@pytest.fixture(scope="session")
+def expected(simulated: PreTrainedModel, prompts: list[list[int]]) -> list[Answer]:
+    return [calculate(simulated, prompt) for prompt in prompts]
+
+
+def assert_same_in_float32(answer: Answer, expected: Answer) -> None:
+    assert answer.tokens == expected.tokens
+    for got, wanted in zip(answer[1:], expected[1:], strict=True):
+        error = (got - wanted).abs()
+        assert error.median() < 1e-4
+        assert error.max() < NOISE
+
+
+def test_float32_server_answers_what_transformers_calculates(
+    float32_server: Server, prompts: list[list[int]], expected: list[Answer]
+) -> None:
+    assert len(prompts[-1]) > 2 * 64, "the longest prompt must take several chunks"
+    for prompt, wanted in zip(prompts, expected, strict=True):
+        assert_same_in_float32(ask(float32_server.url, prompt), wanted)
+
+
+def test_concurrent_requests_get_the_answers_they_get_alone(
+    float32_server: Server, prompts: list[list[int]], expected: list[Answer]
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(partial(ask, float32_server.url), prompts * 2))
+    for answer, wanted in zip(answers, expected * 2, strict=True):
+        assert_same_in_float32(answer, wanted)
+
+
+def test_repeated_prompt_is_answered_from_the_prefix_cache(
+    float32_server: Server, prompts: list[list[int]], expected: list[Answer]
+) -> None:
+    hits_before = float32_server.metric("vllm:prefix_cache_hits_total")
+    for _ in range(2):
+        answer = ask(float32_server.url, prompts[-1], prompt_logprobs=False)
+        assert answer.tokens == expected[-1].tokens
+        assert (answer.logprobs - expected[-1].logprobs).abs().median() < 1e-4
+    assert float32_server.metric("vllm:prefix_cache_hits_total") - hits_before >= 64
+
+
+def test_chat_is_answered(float32_server: Server) -> None:
+    client = OpenAI(base_url=f"{float32_server.url}/v1", api_key="none")
+    reply = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "What is a cache?"}], max_tokens=5
+    )
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize("server", ["float32_server", "bfloat16_server"])
+def test_kv_capacity_is_three_and_a_half_times_that_of_bfloat16(
+    server: str, request: pytest.FixtureRequest, simulated: PreTrainedModel
+) -> None:
+    config = simulated.config
+    bfloat16_bytes = 2 * 2 * config.head_dim * config.num_key_value_heads
+    unquantized_tokens = KV_CACHE_GIB * 2**30 / (bfloat16_bytes * config.num_hidden_layers)
+    assert request.getfixturevalue(server).kv_cache_tokens() > 3.5 * unquantized_tokens
+
+
+def deviation(
+    answer: Callable[[list[int]], Answer], prompts: list[list[int]], than: list[Answer]
+) -> float:
+    errors = [
+        (answer(prompt).prompt_logprobs - other.prompt_logprobs).abs()
+        for prompt, other in zip(prompts, than, strict=True)
+    ]
+    return torch.cat(errors).mean().item()
+
+
+def test_bfloat16_server_deviates_less_than_quantization_does(
+    bfloat16_server: Server, original: Path, prompts: list[list[int]], expected: list[Answer]
+) -> None:
+    unquantized = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    of_quantization = deviation(partial(calculate, unquantized, max_tokens=1), prompts, expected)
+    of_serving = deviation(partial(ask, bfloat16_server.url), prompts, expected)
+    assert of_serving < of_quantization

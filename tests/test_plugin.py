@@ -1,0 +1,329 @@
+"""The plugin without an engine: registering, choosing methods, refusing, sharding, page sizes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sample_checkpoint import quantization_config, write
+from torch.nn import Parameter
+
+import vllm_offq
+from vllm_offq import kernels, seams
+from vllm_offq.errors import UserError
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor import parameter
+from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention, MLAAttention
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
+
+from vllm_offq import kv_cache
+from vllm_offq.config import OffQConfig, refuse_unsupported_options
+from vllm_offq.kernels import ops, reference
+from vllm_offq.kv_cache import OffQKVCacheMethod, backend_for
+from vllm_offq.linear import OffQLinearMethod
+
+
+def bare(layer: type[torch.nn.Module]) -> torch.nn.Module:
+    """A vLLM layer of this class without its constructor, which would need an engine."""
+    module = layer.__new__(layer)
+    torch.nn.Module.__init__(module)
+    return module
+
+
+def offq_config(**changes: Any) -> OffQConfig:
+    config = OffQConfig.from_config(quantization_config(**changes))
+    config.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    return config
+
+
+def test_import_is_light() -> None:
+    code = "import sys, vllm_offq; print({'torch', 'vllm'} & set(sys.modules))"
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert output.strip() == "set()"
+
+
+def test_register_twice() -> None:
+    vllm_offq.register()
+    vllm_offq.register()
+    assert get_quantization_config("offq") is OffQConfig
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"vllm.no_such_module": {"anything": set()}},
+        {"vllm.v1.attention.backend": {"NoSuchBackend": set()}},
+        {"vllm.v1.attention.backend": {"AttentionBackend.customize_spec": {"no_such"}}},
+    ],
+)
+def test_unknown_vllm_is_refused(changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "SEAMS", changed)
+    with pytest.raises(RuntimeError, match=r"needs vllm>=0\.32,<0\.34"):
+        vllm_offq.register()
+
+
+def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.backend.cache_clear()
+    monkeypatch.setenv(kernels.OVERRIDE, "abacus")
+    with pytest.raises(UserError, match=r"abacus is not available here.*reference"):
+        kernels.backend()
+    monkeypatch.setenv(kernels.OVERRIDE, "reference")
+    assert kernels.backend() is reference
+
+
+def test_unquantized_model_is_refused() -> None:
+    with pytest.raises(UserError, match="offq quantize MODEL OUT"):
+        OffQConfig()
+
+
+def test_damaged_checkpoint_is_refused_before_loading(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    config = offq_config()
+    config.maybe_update_config(str(tmp_path / "model"))
+    for shard in (tmp_path / "model").glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(UserError, match="truncated or corrupt"):
+        config.maybe_update_config(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "group_size"),
+    [("self_attn.qkv_proj", 32), ("self_attn.o_proj", 16), ("mlp.gate_up_proj", 32)],
+)
+def test_linear_layers_get_the_grid_of_their_site(prefix: str, group_size: int) -> None:
+    method = offq_config().get_quant_method(bare(LinearBase), f"model.layers.0.{prefix}")
+    assert isinstance(method, OffQLinearMethod)
+    assert method.site.group_size == group_size
+
+
+def test_ignored_linear_stays_unquantized() -> None:
+    config = offq_config(ignore=["lm_head", "model.layers.0.mlp.router"])
+    method = config.get_quant_method(bare(LinearBase), "model.layers.0.mlp.router")
+    assert isinstance(method, UnquantizedLinearMethod)
+
+
+@pytest.mark.parametrize(
+    ("layer", "prefix", "message"),
+    [
+        (LinearBase, "model.layers.0.mlp.router", "mlp.router is neither quantized nor ignored"),
+        (LinearBase, "model.layers.0.fused_proj", "fuses .*q_proj, .*up_proj.* share one site"),
+        (LinearBase, "model.layers.0.half_proj", "fuses .*q_proj, .*lm_head.* share one site"),
+        (RoutedExperts, "model.layers.0.mlp.experts", "mixture-of-experts.*mlp.experts"),
+        (EncoderOnlyAttention, "model.layers.0.attn", "EncoderOnlyAttention"),
+        (MLAAttention, "model.layers.0.attn", "MLAAttention"),
+    ],
+)
+def test_unsupported_layer_is_refused_by_name(
+    layer: type[torch.nn.Module], prefix: str, message: str
+) -> None:
+    config = offq_config()
+    config.packed_modules_mapping |= {
+        "fused_proj": ["q_proj", "up_proj"],
+        "half_proj": ["q_proj", "lm_head"],
+    }
+    with pytest.raises(UserError, match=message):
+        config.get_quant_method(bare(layer), prefix)
+
+
+def test_kv_cache_in_16_bit_is_left_to_vllm() -> None:
+    config = offq_config(kv_cache=None)
+    assert config.get_quant_method(bare(Attention), "model.layers.0.self_attn.attn") is None
+    method = offq_config().get_quant_method(bare(Attention), "model.layers.0.self_attn.attn")
+    assert isinstance(method, OffQKVCacheMethod)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"lora_config": object()}, "LoRA"),
+        ({"speculative_config": SimpleNamespace(use_ngram=lambda: False)}, "draft model"),
+        ({"kv_transfer_config": object()}, "KV connector"),
+        ({"model_config": SimpleNamespace(use_mla=True)}, "MLA"),
+        (
+            {
+                "parallel_config": SimpleNamespace(
+                    decode_context_parallel_size=2, prefill_context_parallel_size=1
+                )
+            },
+            "context parallelism",
+        ),
+    ],
+)
+def test_unsupported_option_is_refused_by_name(option: dict[str, Any], message: str) -> None:
+    plain: dict[str, Any] = {
+        "lora_config": None,
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "model_config": SimpleNamespace(use_mla=False),
+        "parallel_config": SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+    }
+    refuse_unsupported_options(SimpleNamespace(**plain))
+    with pytest.raises(UserError, match=message):
+        refuse_unsupported_options(SimpleNamespace(**plain | option))
+
+
+def attention_layer(**changes: Any) -> Any:
+    chosen = {"alibi_slopes": None, "logits_soft_cap": 0, "scale": 0.25}
+    chosen |= {key: changes.pop(key) for key in list(changes) if key in chosen}
+    layer = bare(torch.nn.Module)
+    attributes = {
+        "impl": SimpleNamespace(**chosen),
+        "layer_name": "model.layers.3.self_attn.attn",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 16,
+        "head_size_v": 16,
+        "attn_type": "decoder",
+        "use_alibi_sqrt": False,
+        "has_sink": False,
+        "use_mm_prefix": False,
+        "kv_sharing_target_layer_name": None,
+        "kv_cache_dtype": "auto",
+        "sliding_window": None,
+    }
+    for name, value in (attributes | changes).items():
+        setattr(layer, name, value)
+    return layer
+
+
+def kv_cache_method() -> OffQKVCacheMethod:
+    method = offq_config().get_quant_method(bare(Attention), "attn")
+    assert isinstance(method, OffQKVCacheMethod)
+    return method
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_size": 24}, "head size that 16 does not divide"),
+        ({"head_size_v": 32}, "value head size"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
+        ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "logits soft cap"),
+        ({"has_sink": True}, "attention sinks"),
+        ({"use_mm_prefix": True}, "multimodal prefix"),
+        ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "shared"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ],
+)
+def test_unsupported_attention_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        kv_cache_method().create_weights(attention_layer(**change))
+
+
+def test_missing_key_rotation_is_refused() -> None:
+    layer = attention_layer()
+    kv_cache_method().create_weights(layer)
+    with pytest.raises(UserError, match=r"layers\.3.*key_rotation is missing"):
+        kv_cache_method().process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads_of_each_rank"),
+    [(1, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]]), (8, [[0], [0], [1], [1], [2], [2], [3], [3]])],
+)
+def test_each_rank_takes_the_rotations_of_its_heads(
+    ranks: int, heads_of_each_rank: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = torch.arange(4 * 2 * 2).view(4, 2, 2).half()
+    monkeypatch.setattr(kv_cache, "get_tensor_model_parallel_world_size", lambda: ranks)
+    for rank, heads in enumerate(heads_of_each_rank):
+        monkeypatch.setattr(kv_cache, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        rotation = Parameter(torch.empty(len(heads), 2, 2).half(), requires_grad=False)
+        kv_cache.load_key_rotation(rotation, stored)
+        assert torch.equal(rotation, stored[heads])
+    with pytest.raises(UserError, match="key_rotation has shape"):
+        kv_cache.load_key_rotation(Parameter(torch.empty(3, 2, 2).half()), stored)
+
+
+def specs(head_size: int, dtype: torch.dtype) -> list[AttentionSpec]:
+    common: dict[str, Any] = {
+        "block_size": 128,
+        "num_kv_heads": 3,
+        "head_size": head_size,
+        "dtype": dtype,
+    }
+    return [FullAttentionSpec(**common), SlidingWindowSpec(**common, sliding_window=256)]
+
+
+@pytest.mark.parametrize(("head_size", "ratio"), [(64, 3.5), (128, 3.7)])
+def test_pages_are_a_fraction_of_bfloat16(head_size: int, ratio: float) -> None:
+    backend = backend_for(head_size)
+    for spec in specs(head_size, torch.bfloat16):
+        packed = backend.customize_spec(spec)
+        assert spec.page_size_bytes > ratio * packed.page_size_bytes
+        assert type(packed) is type(spec)
+        assert backend.customize_spec(packed) == packed
+
+
+def test_pages_do_not_depend_on_the_model_dtype() -> None:
+    sizes = {
+        backend_for(64).customize_spec(spec).page_size_bytes
+        for dtype in (torch.bfloat16, torch.float32)
+        for spec in specs(64, dtype)
+    }
+    assert len(sizes) == 1
+
+
+@pytest.fixture
+def single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM's parameters ask the process group, which only an engine sets up."""
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+def linear_layer(partition: int, input_size: int) -> torch.nn.Module:
+    layer = bare(torch.nn.Module)
+    layer.prefix = "model.layers.0.mlp.down_proj"
+    method = offq_config().get_quant_method(bare(LinearBase), layer.prefix)
+    assert isinstance(method, OffQLinearMethod)
+    method.create_weights(
+        layer, partition, [64], input_size, 64, torch.bfloat16, weight_loader=lambda *_: None
+    )
+    layer.quant_method = method
+    return layer
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_tensor_parallel_size_that_cuts_a_group_is_refused() -> None:
+    linear_layer(partition=32, input_size=192)
+    with pytest.raises(UserError, match=r"size 4 cuts .*down_proj; .* work for it: 1, 2, 3, 6"):
+        linear_layer(partition=48, input_size=192)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_missing_weight_scale_is_refused() -> None:
+    layer = linear_layer(partition=128, input_size=128)
+    with pytest.raises(UserError, match=r"down_proj: weight_scale is missing"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_weight_is_kept_once() -> None:
+    layer = linear_layer(partition=128, input_size=128)
+    layer.weight_scale.fill_(0.01)
+    layer.weight_packed.random_(0, 256)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert dict(layer.named_parameters()).keys() == {"weight_codes", "weight_sums", "weight_scale"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_operator_can_be_compiled(dtype: torch.dtype) -> None:
+    packed = torch.randint(0, 256, (48, 32), dtype=torch.uint8)
+    codes, sums = reference.prepare_weight(packed, 2)
+    scale = torch.rand(48, 1, dtype=torch.float16)
+    arguments = (torch.randn(5, 64, dtype=dtype), codes, scale, sums, None, 32, 32, 0.95, False)
+    torch.library.opcheck(ops.linear, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -95,19 +95,19 @@ def _table(evaluation: "Evaluation", text: Path) -> Table:
         title=f"{text.name}: {evaluation.windows} windows of {evaluation.sequence_length} tokens, "
         f"{evaluation.dtype}"
     )
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     table.add_column("perplexity", justify="right")
     if evaluation.original is None:
         for model in evaluation.models:
-            table.add_row(model.model, _cell(model.perplexity, 3))
+            table.add_row(model.model, _cell(model.perplexity, 2))
         return table
     for column in ("ratio", "KL", "top-1"):
         table.add_column(column, justify="right")
-    table.add_row(evaluation.original.model, _cell(evaluation.original.perplexity, 3))
+    table.add_row(evaluation.original.model, _cell(evaluation.original.perplexity, 2))
     for model in evaluation.models:
         table.add_row(
             model.model,
-            _cell(model.perplexity, 3),
+            _cell(model.perplexity, 2),
             _cell(model.perplexity_ratio, 4),
             _cell(model.kl_divergence, 4),
             _cell(model.top1_agreement, 4),

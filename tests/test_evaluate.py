@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import make_tiny_tokenizer
 from typer.testing import CliRunner
 
 from calibration.cli import app
 from vllm_offq.errors import UserError
-from vllm_offq.evaluate import cut_windows, read_text
+from vllm_offq.evaluate import cut_windows, evaluate, read_text
 from vllm_offq.metrics import Estimate, WindowScores, compare
 
 
@@ -123,6 +124,19 @@ def test_eval_refuses_a_broken_checkpoint_before_it_starts_an_engine(tmp_path: P
     result = CliRunner().invoke(app, ["eval", str(tmp_path), "--text", f"{tmp_path}/text.txt"])
     assert isinstance(result.exception, UserError)
     assert "format_version is missing" in str(result.exception)
+
+
+def test_models_that_cannot_be_compared(tmp_path: Path) -> None:
+    few, many = str(tmp_path / "few"), str(tmp_path / "many")
+    make_tiny_tokenizer(270).save_pretrained(few)
+    make_tiny_tokenizer(400).save_pretrained(many)
+    with pytest.raises(UserError, match=f"{few} and {many} tokenize the text differently"):
+        evaluate([few], "The quick brown fox jumps over the lazy dog. " * 9, against=many)
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"\./absent does not exist"):
+        evaluate(["./absent"], "text")
 
 
 def test_eval_looks_where_to_write_before_it_starts_an_engine(tmp_path: Path) -> None:

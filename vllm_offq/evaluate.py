@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from vllm_offq.checkpoint import validate_checkpoint
 from vllm_offq.errors import UserError
@@ -221,14 +222,16 @@ def _loss(scores: WindowScores) -> float:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line that says something, of a message that may be a page."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # pydantic's first line only counts the errors
-    return lines[2] if len(lines) > 2 and "validation error" in lines[0] else (lines or ["?"])[0]
+    """The line that says what is wrong, of a message that may be a page."""
+    if isinstance(error, ValidationError):  # vLLM's configuration classes are pydantic's
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
 
 
 def _validate(model: str) -> None:
     """Check a local OffQ checkpoint in full; anything else is left to vLLM."""
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise UserError(f"{model} does not exist; give a model folder or a hub id")
     try:
         config = json.loads((Path(model) / CONFIG_FILE).read_text(encoding="utf-8"))
         is_offq = config["quantization_config"]["quant_method"] == QUANT_METHOD

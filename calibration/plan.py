@@ -45,11 +45,11 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
             group_size = (
                 head_group if grouped_by_head else pick_group_size(width, settings.group_size, what)
             )
-        if settings.weight_group_size and width % settings.weight_group_size:
+        if settings.weight_group_size not in (None, group_size):
             raise UserError(
-                f"weight group size {settings.weight_group_size} does not divide the {width} input "
-                f"channels of {what}; choose --weight-group-size from "
-                f"{[size for size in (256, 128, 64, 32, 16) if width % size == 0]}"
+                f"weight group size {settings.weight_group_size} differs from the {group_size} "
+                f"channels that share a scale at the input of {what}; pass the same number to "
+                "--group-size and --weight-group-size"
             )
         last = site.name == "mlp_output"
         rotation = recipe.rotation

@@ -71,6 +71,15 @@ def test_a_model_does_not_diverge_from_itself() -> None:
         assert comparison.top1_agreement == 1
 
 
+def test_what_neither_top_holds_counts_as_one_outcome() -> None:
+    others = np.ones(9) / 9
+    p, q = (np.log(np.concatenate([[x], (1 - x) * others]))[None] for x in (0.9, 0.5))
+    comparison = compare(top(p, 1), top(q, 1), 10)
+    expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert comparison.kl_divergence == pytest.approx(expected, rel=1e-5)
+    assert comparison.unseen_mass == pytest.approx(0.1, rel=1e-5)
+
+
 def test_disjoint_tops_compare_only_the_rest() -> None:
     likely, unlikely = math.log(0.98), math.log(0.01)
     p = np.array([[likely, unlikely, unlikely]])

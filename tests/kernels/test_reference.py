@@ -79,6 +79,19 @@ def test_linear_approximates_the_matrix_product(
         assert noise < 0.03  # 16 levels over the range of 64 normal values
 
 
+def test_the_bias_is_added_once() -> None:
+    weight_codes, sums = reference.prepare_weight(
+        pack_int4(torch.randint(-8, 8, (8, 32), dtype=torch.int8)), 1
+    )
+    x, bias = torch.randn(3, 32), torch.randn(8)
+    rest = (32, 0, 1.0, False)
+    with_bias, without = (
+        reference.linear(x, weight_codes, torch.full((8, 1), 0.5), sums, b, *rest)
+        for b in (bias, None)
+    )
+    torch.testing.assert_close(with_bias - without, bias.expand(3, 8), atol=1e-4, rtol=0)
+
+
 def test_rows_do_not_depend_on_each_other() -> None:
     torch.manual_seed(0)
     weight_codes, sums = reference.prepare_weight(
@@ -153,6 +166,21 @@ def test_the_cache_returns_what_was_stored(
         bound = (high - low) / 15 * 0.5 + 2.0**-11 * (8 * (high - low) / 15 + high.abs()) + 1e-5
         error = (loaded.unflatten(-1, (-1, group_size)) - groups).abs()
         assert (error <= bound).all()
+
+
+def test_codes_are_the_nearest_of_the_rounded_grid() -> None:
+    """Rounding a large offset to float16 shifts the whole grid; the codes must make up for it."""
+    torch.manual_seed(0)
+    key = 300 + torch.randn(4, 1, 64)
+    cache = empty_cache(1, 1, 4, 64, 64)
+    reference.kv_store(key, key, cache, torch.arange(4), 64)
+    loaded, _ = reference.kv_load(cache, torch.tensor([0]), 4, 64)
+    low, high = key.aminmax(dim=-1, keepdim=True)
+    scale = (high - low) / 15
+    offset = ((high + low) / 2 + scale / 2).half().float()
+    levels = scale.half().float() * torch.arange(-8, 8) + offset
+    nearest = (levels.unsqueeze(-2) - key.unsqueeze(-1)).abs().amin(-1)
+    torch.testing.assert_close((loaded[0] - key[:, 0]).abs(), nearest[:, 0], atol=1e-4, rtol=0)
 
 
 def test_padding_and_other_slots_are_untouched() -> None:

@@ -1,5 +1,6 @@
 """`quantize`: a Hugging Face model in, an OffQ checkpoint out."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ from vllm_offq.quantizer import fake_quantize
 
 BATCH_TOKENS = 4096
 """Tokens that go through a layer at once."""
+SNR_TOKENS = 512
+"""Tokens of a batch that the signal-to-noise ratio is measured on."""
 
 
 @dataclass
@@ -165,15 +168,16 @@ class _SiteObserver:
     def __call__(self, x: Tensor) -> None:
         flat = x.flatten(0, -2)
         self.hessian.addmm_(flat.T, flat)
+        sample = flat[:: max(1, len(flat) // SNR_TOKENS)]
         quantized = fake_quantize(
-            flat, self.grid.group_size, self.grid.clip_ratio, self.grid.symmetric
+            sample, self.grid.group_size, self.grid.clip_ratio, self.grid.symmetric
         )
-        self.signal += float(flat.double().square().sum())
-        self.noise += float((quantized - flat).double().square().sum())
+        self.signal += float(sample.square().sum())
+        self.noise += float((quantized - sample).square().sum())
 
     @property
     def decibel(self) -> float:
-        return 10 * torch.tensor(self.signal / max(self.noise, 1e-30)).log10().item()
+        return 10 * math.log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
 
 
 def quantize_layers(

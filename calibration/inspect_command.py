@@ -123,7 +123,8 @@ def _print(content: dict[str, Any], problem: UserError | None) -> None:
     settings.add_row("format", f"version {config['format_version']}, {config['produced_by']}")
     settings.add_row("settings, SHA-256", config["settings_sha256"])
     settings.add_row(
-        "on disk", f"{content['bytes_on_disk'] / 1e6:.2f} MB, {content['shards']} shards"
+        "on disk",
+        f"{content['bytes_on_disk'] / 1e6:.2f} MB, tensors in {content['shards']} file(s)",
     )
     settings.add_row("validation", "[red]failed[/red]" if problem else "[green]passed[/green]")
     console.print(settings)

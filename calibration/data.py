@@ -18,7 +18,7 @@ from vllm_offq.errors import UserError
 
 SELF = "self"
 """Name of the source that needs no data: the model samples its own text."""
-SELF_BATCH_SIZE = 16
+SELF_BATCH_SIZE = 32
 
 
 def calibration_tokens(

@@ -12,12 +12,15 @@ from calibration.instrument import OffQLinear, attention_state, layers_of
 from calibration.rotations import Rotations
 from vllm_offq.rotation import apply_block_hadamard
 
+ROWS_AT_ONCE = 4096
+"""In float64 an embedding as a whole would be the largest thing in memory."""
+
 
 @torch.no_grad()
 def fuse(model: PreTrainedModel, architecture: Architecture, rotations: Rotations) -> None:
     """Fold gains and rotations into an instrumented model, in place; what it computes stays.
 
-    Products are formed in float64. The head is untied from the embedding, since only the head
+    Rotations are multiplied in float64. The head is untied from the embedding, since only the head
     takes the final norm's gain.
     """
     head: nn.Linear = model.get_submodule(architecture.head)  # type: ignore[assignment]
@@ -28,7 +31,7 @@ def fuse(model: PreTrainedModel, architecture: Architecture, rotations: Rotation
     _fold_gain([head], final_norm)
     if rotations.residual is not None:
         _rotate_input(head, rotations.residual)
-        _set(embedding.weight, embedding.weight.double() @ rotations.residual)
+        _rotate_rows(embedding.weight, rotations.residual)
     for index, layer in enumerate(layers_of(model, architecture)):
         for site in architecture.sites:
             linears = [_linear(layer, path) for path in site.modules]
@@ -58,12 +61,17 @@ def _set(parameter: Tensor, value: Tensor) -> None:
 def _fold_gain(linears: Sequence[nn.Linear | OffQLinear], norm: nn.Module) -> None:
     gain: Tensor = norm.weight  # type: ignore[assignment]
     for linear in linears:
-        _set(linear.weight, linear.weight.double() * gain.double())
+        linear.weight.mul_(gain)
     gain.fill_(1.0)
 
 
 def _rotate_input(linear: nn.Linear | OffQLinear, rotation: Tensor) -> None:
-    _set(linear.weight, linear.weight.double() @ rotation)
+    _rotate_rows(linear.weight, rotation)
+
+
+def _rotate_rows(weight: Tensor, rotation: Tensor) -> None:
+    for rows in weight.split(ROWS_AT_ONCE):
+        _set(rows, rows.double() @ rotation)
 
 
 def _rotate_output(linear: OffQLinear, rotation: Tensor) -> None:

@@ -40,7 +40,7 @@ from vllm_offq.format import (
 )
 from vllm_offq.quantizer import fake_quantize
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens that go through a layer at once."""
 SNR_TOKENS = 512
 """Tokens of a batch that the signal-to-noise ratio is measured on."""

@@ -1,2 +1,6 @@
-"""Makes the helper modules beside it importable from the folders below, as pytest puts the folder
-of a conftest on the import path."""
+"""Shared by all tests. Being here, it also puts this folder on the import path for pytest."""
+
+import torch
+
+# Tensors here are tiny: threads would only wait for each other, on a busy machine for minutes.
+torch.set_num_threads(1)

@@ -19,6 +19,8 @@ from vllm_offq.errors import UserError
 SELF = "self"
 """Name of the source that needs no data: the model samples its own text."""
 SELF_BATCH_SIZE = 32
+FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".md", ".csv", ".parquet"}
+"""A source that ends so is a file that is missing, not the name of a dataset."""
 
 
 def calibration_tokens(
@@ -94,10 +96,12 @@ def _document(record: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> st
 
 
 def _read_dataset(source: str, tokenizer: PreTrainedTokenizerBase, needed: int) -> str:
-    from datasets import load_dataset  # heavy, and needed by this source only
-
+    if Path(source).suffix in FILE_SUFFIXES:
+        raise UserError(f"calibration text {source} does not exist")
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
+    from datasets import load_dataset  # heavy, and needed by this source only
+
     try:
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
         documents: list[str] = []

@@ -223,7 +223,10 @@ def quantize_layers(
             # Rows are rounded independently, so linears that share an input go as one matrix.
             stacked = torch.cat([linear.weight for linear in linears.values()])
             rows = [len(linear.weight) for linear in linears.values()]
-            codes, scales = round_weight(stacked, observer.hessian, settings.weight_group_size)
+            try:
+                codes, scales = round_weight(stacked, observer.hessian, settings.weight_group_size)
+            except UserError as error:
+                raise UserError(f"layer {index}, {'/'.join(site.modules)}: {error}") from None
             parts = zip(linears.items(), codes.split(rows), scales.split(rows), strict=True)
             for (path, linear), code, scale in parts:
                 linear.observe = None

@@ -57,6 +57,6 @@ def test_top_tokens_are_the_largest_of_each_sequence_and_layer_input(tmp_path: P
     torch.testing.assert_close(whole.top_tokens[:6].abs().amax(-1), expected)
     # However the sequences are batched, the statistics are the same.
     split = collect(model, LLAMA, tokens, batch_size=2, advance=lambda: None)
-    torch.testing.assert_close(split.residual, whole.residual)
-    torch.testing.assert_close(split.keys, whole.keys)
-    torch.testing.assert_close(split.down_energy, whole.down_energy)
+    for name in ("residual", "keys", "values", "down_energy"):
+        found, expected = getattr(split, name), getattr(whole, name)
+        assert (found - expected).norm() < 1e-5 * expected.norm()  # sums of float32 products

@@ -14,10 +14,10 @@ from vllm_offq.format import (
     KVCacheConfig,
     SiteConfig,
     WeightConfig,
-    pick_group_size,
 )
 
-LARGEST_HEAD_GROUP = 128
+DEFAULT_SIZES = (128, 64)
+POSSIBLE_SIZES = (256, 128, 64, 32, 16)
 
 
 def plan(model_config: Any, architecture: Architecture, settings: Settings) -> CheckpointConfig:
@@ -28,26 +28,31 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
     """
     recipe = RECIPES[settings.recipe]
     dim = head_size(model_config)
-    head_group = _head_group_size(dim, settings.group_size)
     widths = {
         "attention_input": model_config.hidden_size,
         "attention_output": model_config.num_attention_heads * dim,
         "mlp_input": model_config.hidden_size,
         "mlp_output": model_config.intermediate_size,
     }
+    whole_groups = {
+        "/".join(_last(path) for path in site.modules): widths[site.name]
+        for site in architecture.sites
+        if site.name != "attention_output"
+    }
+    group_size = DEFAULT_SIZES[0]  # of heads, where the recipe groups nothing else
+    if recipe.grouped:
+        group_size = pick_group_size(whole_groups, settings.group_size)
+    head_group = _head_group_size(dim, group_size)
 
     def site_config(site: Site) -> SiteConfig:
         width = widths[site.name]
         what = "/".join(_last(path) for path in site.modules)
-        group_size = width
+        site_group = width
         if recipe.grouped:
-            grouped_by_head = site.name == "attention_output"
-            group_size = (
-                head_group if grouped_by_head else pick_group_size(width, settings.group_size, what)
-            )
-        if settings.weight_group_size not in (None, group_size):
+            site_group = head_group if site.name == "attention_output" else group_size
+        if settings.weight_group_size not in (None, site_group):
             raise UserError(
-                f"weight group size {settings.weight_group_size} differs from the {group_size} "
+                f"weight group size {settings.weight_group_size} differs from the {site_group} "
                 f"channels that share a scale at the input of {what}; pass the same number to "
                 "--group-size and --weight-group-size"
             )
@@ -56,11 +61,11 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         return SiteConfig(
             modules=[_last(path) for path in site.modules],
             bits=4,
-            group_size=group_size,
+            group_size=site_group,
             symmetric=recipe.symmetric,
             clip_ratio=recipe.clip_ratio,
             fused_rotation="permutation" if last and rotation == "principal" else rotation,
-            online_hadamard=None if not last or rotation == "none" else group_size,
+            online_hadamard=None if not last or rotation == "none" else site_group,
         )
 
     kv_cache = None
@@ -87,12 +92,31 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _head_group_size(dim: int, group_size: int | None) -> int:
+def pick_group_size(widths: dict[str, int], group_size: int | None) -> int:
+    """One group size for all: the one asked for, else 128, or 64 where 128 does not divide.
+
+    widths: input channels by linear.
+    Raises: UserError naming the linear and the sizes that can work.
+    """
+    for size in (group_size,) if group_size else DEFAULT_SIZES:
+        if size in POSSIBLE_SIZES and all(width % size == 0 for width in widths.values()):
+            return size
+    tried = group_size or " or ".join(map(str, DEFAULT_SIZES))
+    smallest = group_size or min(DEFAULT_SIZES)
+    what = next((what for what, width in widths.items() if width % smallest), min(widths))
+    possible = [s for s in POSSIBLE_SIZES if all(width % s == 0 for width in widths.values())]
+    raise UserError(
+        f"group size {tried} does not work for {what} with {widths[what]} input channels; "
+        + (f"choose --group-size from {possible}" if possible else "none of 16 to 256 does")
+    )
+
+
+def _head_group_size(dim: int, group_size: int) -> int:
     """Values and keys never share a group across heads: the head size where that is smaller."""
-    group = min(dim, group_size or LARGEST_HEAD_GROUP)
+    group = min(dim, group_size)
     if dim % group:
         raise UserError(
             f"group size {group_size} does not divide the head size {dim} of o_proj's input; "
-            f"choose --group-size from {[size for size in (128, 64, 32, 16) if dim % size == 0]}"
+            f"choose --group-size from {[size for size in POSSIBLE_SIZES if dim % size == 0]}"
         )
     return group

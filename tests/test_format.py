@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sample_checkpoint import quantization_config
 
 from vllm_offq.errors import UserError
-from vllm_offq.format import pack_int4, parse_config, pick_group_size, unpack_int4
+from vllm_offq.format import pack_int4, parse_config, unpack_int4
 
 
 def refusal(raw: Any) -> str:
@@ -135,17 +135,3 @@ def test_every_byte_is_a_pair_of_codes() -> None:
 
 def test_the_even_channel_is_in_the_low_nibble() -> None:
     assert pack_int4(torch.tensor([-8, 7, 0, -1], dtype=torch.int8)).tolist() == [0xF0, 0x78]
-
-
-@pytest.mark.parametrize(
-    ("n", "asked", "size"), [(1024, None, 128), (576, None, 64), (1024, 32, 32), (64, None, 64)]
-)
-def test_group_size(n: int, asked: int | None, size: int) -> None:
-    assert pick_group_size(n, asked, "q_proj") == size
-
-
-def test_an_impossible_group_size_names_layer_and_choices() -> None:
-    with pytest.raises(UserError, match=r"128 does not work for down_proj with 96.*\[32, 16\]"):
-        pick_group_size(96, 128, "down_proj")
-    with pytest.raises(UserError, match="none of 16 to 256 divides it"):
-        pick_group_size(50, None, "down_proj")

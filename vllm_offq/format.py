@@ -163,18 +163,3 @@ def pack_int4(codes: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor) -> Tensor:
     """Inverse of pack_int4. packed: [..., n / 2] uint8. Returns: [..., n] int8."""
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).view(torch.int8) - 8
-
-
-def pick_group_size(n: int, group_size: int | None, what: str) -> int:
-    """The group size of a site with n channels: the one asked for, else 128, else 64.
-
-    Raises: UserError naming the layer and the sizes that can work.
-    """
-    for candidate in (group_size,) if group_size else (128, 64):
-        if n % candidate == 0 and candidate & (candidate - 1) == 0:
-            return candidate
-    possible = [size for size in (256, 128, 64, 32, 16) if n % size == 0]
-    raise UserError(
-        f"group size {group_size or '128 or 64'} does not work for {what} with {n} channels; "
-        + (f"choose --group-size from {possible}" if possible else "none of 16 to 256 divides it")
-    )

@@ -226,7 +226,7 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], sentence: str) -> No
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--group-size", "48"], "--group-size from [64, 32, 16]"),
+        (["--group-size", "48"], "--group-size from [128, 64, 32, 16]"),
         (["--weight-group-size", "32"], "--weight-group-size"),
         (["--samples", "0"], "--samples"),
         (["--calibration", "missing.txt"], "missing.txt does not exist"),

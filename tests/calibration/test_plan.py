@@ -1,0 +1,64 @@
+"""Group sizes: one for the whole model, chosen or refused before any long work."""
+
+import pytest
+from transformers import LlamaConfig
+
+from calibration.architectures import find_architecture
+from calibration.plan import pick_group_size, plan
+from calibration.settings import Settings
+from vllm_offq.errors import UserError
+from vllm_offq.format import CheckpointConfig
+
+LLAMA = find_architecture(["LlamaForCausalLM"])
+SMOLLM2 = LlamaConfig(
+    hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
+)
+LLAMA3 = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+)
+
+
+def sizes(config: CheckpointConfig) -> list[int]:
+    return [site.group_size for site in config.sites.values()]
+
+
+@pytest.mark.parametrize(
+    ("widths", "asked", "size"),
+    [
+        ({"q_proj": 4096, "down_proj": 14336}, None, 128),
+        ({"q_proj": 576, "down_proj": 1536}, None, 64),
+        ({"q_proj": 4096, "down_proj": 14336}, 64, 64),
+    ],
+)
+def test_group_size(widths: dict[str, int], asked: int | None, size: int) -> None:
+    assert pick_group_size(widths, asked) == size
+
+
+@pytest.mark.parametrize("asked", [128, None])
+def test_refusal_names_the_linear_and_what_can_work(asked: int | None) -> None:
+    with pytest.raises(UserError, match=r"down_proj with 96 input .* from \[32, 16\]"):
+        pick_group_size({"q_proj": 128, "down_proj": 96}, asked)
+    with pytest.raises(UserError, match="none of 16 to 256"):
+        pick_group_size({"q_proj": 50}, asked)
+
+
+def test_offq_groups_by_the_default_size_and_heads_by_theirs() -> None:
+    assert sizes(plan(SMOLLM2, LLAMA, Settings())) == [64, 64, 64, 64]
+    assert sizes(plan(LLAMA3, LLAMA, Settings())) == [128, 128, 128, 128]
+    cache = plan(LLAMA3, LLAMA, Settings()).kv_cache
+    assert cache is not None and cache.group_size == 128
+
+
+def test_peers_round_whole_tokens() -> None:
+    for recipe in ("quarot", "rtn"):
+        config = plan(SMOLLM2, LLAMA, Settings(recipe=recipe))
+        assert sizes(config) == [576, 576, 576, 1536]
+        assert all(site.symmetric for site in config.sites.values())
+        assert config.kv_cache is not None and config.kv_cache.group_size == 64
+
+
+def test_weight_groups_must_be_the_activations() -> None:
+    settings = Settings(weight_group_size=64)
+    assert plan(SMOLLM2, LLAMA, settings).weights.group_size == 64
+    with pytest.raises(UserError, match="--weight-group-size"):
+        plan(LLAMA3, LLAMA, settings)

@@ -49,6 +49,7 @@ def serve(model: Path, log: Path, *arguments: str, kv_gib: int = 2) -> Iterator[
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
+        "VLLM_LOGGING_LEVEL": "INFO",  # the KV capacity is read from the log
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }

@@ -19,8 +19,7 @@ check: $(READY) ## lint, types and the fast tests (under 2 minutes)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	@# On tiny tensors a second thread only waits: on a busy machine it costs ten times the time.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow"
 
 setup: $(READY) ## make the environment .venv (the other targets do it themselves)
 

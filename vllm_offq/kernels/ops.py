@@ -3,6 +3,8 @@
 A plain Library, because torch.library.custom_op costs more per call than a small layer.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,28 +18,8 @@ _library.define(
 )
 
 
-def _linear(
-    x: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    weight_sums: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    rotation_block_size: int,
-    clip_ratio: float,
-    symmetric: bool,
-) -> Tensor:
-    return backend().linear(
-        x,
-        weight_codes,
-        weight_scale,
-        weight_sums,
-        bias,
-        group_size,
-        rotation_block_size,
-        clip_ratio,
-        symmetric,
-    )
+def _linear(*arguments: Any) -> Tensor:
+    return backend().linear(*arguments)
 
 
 def _linear_fake(

@@ -184,6 +184,11 @@ def damaged(original: Path, folder: Path, change: str) -> Path:
         tensors = load_file(folder / "model.safetensors")
         tensors["model.layers.1.mlp.up_proj.weight"] *= 1e38
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    elif change == "overflow":
+        tensors = load_file(folder / "model.safetensors")
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e25
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     elif change == "truncated":
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -199,6 +204,7 @@ def damaged(original: Path, folder: Path, change: str) -> Path:
         ("no config", "has no config.json"),
         ("NaN weight", "model.layers.1.mlp.up_proj.weight has NaN"),
         ("huge weight", "layer 1, mlp.gate_proj/mlp.up_proj: a weight is too large"),
+        ("overflow", "layer 1 gives NaN or infinite activations"),
         ("truncated", "cannot be loaded"),
     ],
 )

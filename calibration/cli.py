@@ -1,5 +1,6 @@
 """The command `offq`."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -83,6 +84,7 @@ app.command("eval")(evaluate)
 
 def main() -> None:
     """Run the command; a user's mistake ends in one sentence and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders go
     try:
         app()
     except UserError as error:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -297,4 +298,17 @@ def test_an_interrupted_run_leaves_nothing(
     expected = UserError if isinstance(interruption, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         quantize(str(original), tmp_path / "out", Settings(calibration=str(text), **QUICK))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminated_command_leaves_nothing(
+    original: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pipeline, "_write_rest", lambda *_: signal.raise_signal(signal.SIGTERM))
+    options = ["--calibration", text, "--samples", 4, "--sequence-length", 64]
+    try:
+        assert run(monkeypatch, "quantize", original, tmp_path / "out", *options) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert not list(tmp_path.iterdir())

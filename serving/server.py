@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,14 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path, log: Path, *arguments: str, kv_gib: int = 2) -> Iterator[Server]:
-    """Serve a model folder on a free local port, without reaching for the network."""
+def serve(
+    model: Path, log: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Serve a model folder on a free local port, without reaching for the network.
+
+    arguments: further ones of `vllm serve`. environment: overrides what is set here.
+    Raises: ServerError if it does not start.
+    """
     port = _free_port()
     command = [
         str(Path(sys.executable).with_name("vllm")),
@@ -48,10 +54,11 @@ def serve(model: Path, log: Path, *arguments: str, kv_gib: int = 2) -> Iterator[
     ]
     environment = {
         **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
+        "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_LOGGING_LEVEL": "INFO",  # the KV capacity is read from the log
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        **(environment or {}),
     }
     with log.open("w") as output:
         # A session of its own: vLLM starts further processes, and all of them must end with it.

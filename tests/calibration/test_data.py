@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tiny_models import make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from calibration.data import calibration_tokens
-from tests.tiny_models import make_tiny_llama
 from vllm_offq.errors import UserError
 
 TEXT = "Every model answers the same question in its own words. " * 60

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import make_tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -12,7 +13,6 @@ from calibration.fuse import fuse
 from calibration.instrument import attention_state, instrument, layers_of
 from calibration.rotations import Rotations, hadamard_rotations, principal_rotations
 from calibration.statistics import Statistics, collect
-from tests.tiny_models import make_tiny_llama
 
 LLAMA = find_architecture(["LlamaForCausalLM"])
 MODELS = {

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibration import cli, pipeline
 from calibration.pipeline import Report, quantize
 from calibration.settings import Settings
 from calibration.simulate import load_simulated
-from tests.tiny_models import make_tiny_llama
 from vllm_offq.checkpoint import Checkpoint, validate_checkpoint
 from vllm_offq.errors import UserError
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from tiny_models import make_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from calibration.architectures import find_architecture
@@ -10,7 +11,6 @@ from calibration.fuse import fuse
 from calibration.instrument import OffQLinear, instrument, layers_of
 from calibration.rotations import principal_rotations
 from calibration.statistics import collect
-from tests.tiny_models import make_tiny_llama
 from vllm_offq.rotation import principal_basis
 
 LLAMA = find_architecture(["LlamaForCausalLM"])

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from tiny_models import make_tiny_llama
-from vllm_server import Server, serve
+from vllm_server import serve_tiny
 
 from calibration.pipeline import quantize
 from calibration.settings import Settings
+from serving.server import Server
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def float32_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Eager, with chunks of 64 tokens, so that longer prompts need several."""
     options = ["--quantization", "offq", "--dtype", "float32", "--enforce-eager"]
     options += ["--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--block-size", "32"]
-    with serve(checkpoint, tmp_path_factory.mktemp("float32"), *options) as server:
+    with serve_tiny(checkpoint, tmp_path_factory.mktemp("float32"), *options) as server:
         yield server
 
 
@@ -38,5 +39,5 @@ def float32_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 def bfloat16_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Compiled, and without any option about quantization."""
     folder = tmp_path_factory.mktemp("bfloat16")
-    with serve(checkpoint, folder, "--dtype", "bfloat16") as server:
+    with serve_tiny(checkpoint, folder, "--dtype", "bfloat16") as server:
         yield server

@@ -19,9 +19,10 @@ import torch
 from openai import OpenAI
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from vllm_server import KV_CACHE_GIB, Server
+from vllm_server import KV_CACHE_GIB, metric
 
 from calibration.simulate import load_simulated
+from serving.server import Server
 
 pytestmark = pytest.mark.slow
 
@@ -128,12 +129,12 @@ def test_concurrent_requests_get_the_answers_they_get_alone(
 def test_repeated_prompt_is_answered_from_the_prefix_cache(
     float32_server: Server, prompts: list[list[int]], expected: list[Answer]
 ) -> None:
-    hits_before = float32_server.metric("vllm:prefix_cache_hits_total")
+    hits_before = metric(float32_server, "vllm:prefix_cache_hits_total")
     for _ in range(2):
         answer = ask(float32_server.url, prompts[-1], prompt_logprobs=False)
         assert answer.tokens == expected[-1].tokens
         assert (answer.logprobs - expected[-1].logprobs).abs().median() < 1e-4
-    assert float32_server.metric("vllm:prefix_cache_hits_total") - hits_before >= 64
+    assert metric(float32_server, "vllm:prefix_cache_hits_total") - hits_before >= 64
 
 
 def test_chat_is_answered(float32_server: Server) -> None:
@@ -152,7 +153,7 @@ def test_kv_capacity_is_three_and_a_half_times_that_of_bfloat16(
     config = simulated.config
     bfloat16_bytes = 2 * 2 * config.head_dim * config.num_key_value_heads
     unquantized_tokens = KV_CACHE_GIB * 2**30 / (bfloat16_bytes * config.num_hidden_layers)
-    assert request.getfixturevalue(server).kv_cache_tokens() > 3.5 * unquantized_tokens
+    assert request.getfixturevalue(server).kv_capacity() > 3.5 * unquantized_tokens
 
 
 def deviation(

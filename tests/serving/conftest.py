@@ -1,5 +1,6 @@
 """One vLLM server per configuration, shared by all tests of a session."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def float32_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def bfloat16_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Compiled, and without any option about quantization."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine, and torch.compile needs it")
     folder = tmp_path_factory.mktemp("bfloat16")
     with serve_tiny(checkpoint, folder, "--dtype", "bfloat16") as server:
         yield server

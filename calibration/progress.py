@@ -11,7 +11,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import (
@@ -50,13 +49,11 @@ def rich_progress(console: Console) -> Progress:
     @contextmanager
     def stage(description: str, total: int, unit: str = "") -> Iterator[Callable[..., None]]:
         columns = [
-            TextColumn("{task.description:26}"),
-            BarColumn(),
+            TextColumn("{task.description:24}"),
+            BarColumn(bar_width=16),  # all columns fit a terminal of 80
             MofNCompleteColumn(),
             _RateColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
         ]
         with RichProgress(*columns, console=console) as bar:
             task = bar.add_task(description, total=total, unit=unit)

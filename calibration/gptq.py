@@ -1,10 +1,14 @@
 """GPTQ (arXiv 2210.17323): weights to int4 codes that minimise the layer's output error."""
 
+import logging
+
 import torch
 from torch import Tensor
 
 from vllm_offq.errors import UserError
 from vllm_offq.quantizer import CODE_MAX, CODE_MIN
+
+logger = logging.getLogger(__name__)
 
 CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(25))
 """Shrink factors of the absolute maximum that the scale search tries."""
@@ -105,6 +109,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
             if not failed:
                 return upper.float()
         damping *= 10
+        logger.warning("a Hessian did not factor; damping it by %g of its mean diagonal", damping)
 
 
 def output_error(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> float:

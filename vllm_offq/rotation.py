@@ -26,26 +26,33 @@ def hadamard(n: int) -> Tensor:
 
 @cache
 def _hadamard(n: int) -> Tensor:
+    core = hadamard_core(n)
+    matrix = core
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return matrix / n**0.5
+
+
+@cache
+def hadamard_core(n: int) -> Tensor:
+    """The Paley matrix that Sylvester's doubling makes the Hadamard matrix of order n from.
+
+    Returns: [m, m] float64 with entries 1 and -1 and a first row of ones, n = m * 2^k with the
+    smallest m that works; [[1]] for powers of two. Callers must not write to it (it is cached).
+    Raises: UserError if no m works.
+    """
     if n < 1:
         raise UserError(f"a Hadamard matrix needs a positive order, not {n}")
-    sylvester = 1
-    while n % (2 * sylvester) == 0:
-        sylvester *= 2
-    while sylvester >= 1:
+    sylvester = n & -n
+    while sylvester:
         core = _paley(n // sylvester)
         if core is not None:
-            break
+            return core * core[0]  # column signs: the first row becomes ones
         sylvester //= 2
-    else:
-        raise UserError(
-            f"no Hadamard matrix of order {n} can be constructed here; "
-            "orders 2^k, 12 * 2^k, 20 * 2^k, 28 * 2^k and 36 * 2^k always can"
-        )
-    matrix = core
-    while sylvester > 1:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-        sylvester //= 2
-    return matrix * matrix[0] / n**0.5  # column signs: the first row becomes ones
+    raise UserError(
+        f"no Hadamard matrix of order {n} can be constructed here; "
+        "orders 2^k, 12 * 2^k, 20 * 2^k, 28 * 2^k and 36 * 2^k always can"
+    )
 
 
 def _paley(n: int) -> Tensor | None:
@@ -87,10 +94,27 @@ def _jacobsthal(q: int) -> Tensor:
 def apply_block_hadamard(x: Tensor, block_size: int) -> Tensor:
     """``x @ blockdiag(H, ..., H)`` for blocks of block_size channels.
 
+    By core, then butterflies of rising stride: K log(block_size) additions in one fixed order,
+    which kernels follow operation by operation, so that their codes can be compared exactly.
+
     x: [..., n] floating, block_size divides n. Returns: like x.
     """
-    blocks = x.unflatten(-1, (-1, block_size))
-    return (blocks @ hadamard(block_size).to(device=x.device, dtype=x.dtype)).flatten(-2)
+    core = hadamard_core(block_size)
+    order = len(core)
+    blocks = x.unflatten(-1, (x.shape[-1] // order, order))
+    if order > 1:
+        signs = core.to(device=x.device, dtype=x.dtype)
+        total = blocks[..., :1] * signs[0]
+        for i in range(1, order):
+            total = total + blocks[..., i : i + 1] * signs[i]
+        blocks = total
+    stride = order
+    while stride < block_size:
+        pairs = (x.shape[-1] // (2 * stride), 2, stride)
+        first, second = blocks.reshape(*x.shape[:-1], *pairs).unbind(-2)
+        blocks = torch.stack([first + second, first - second], -2)
+        stride *= 2
+    return blocks.reshape(x.shape) * block_size**-0.5
 
 
 def sorted_grouping(n: int, group_size: int) -> Tensor:

@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
@@ -64,7 +65,7 @@ class OffQKVCacheMethod(BaseKVCacheMethod):
             shape = (layer.num_kv_heads, layer.head_size, layer.head_size)
             # NaN until loaded: vLLM does not report a tensor that the checkpoint lacks.
             rotation = Parameter(
-                torch.full(shape, math.nan, dtype=torch.float16), requires_grad=False
+                torch.full(shape, math.nan, dtype=torch.float32), requires_grad=False
             )
             set_weight_attrs(rotation, {"weight_loader": load_key_rotation})
             layer.register_parameter(KEY_ROTATION, rotation)
@@ -80,9 +81,12 @@ class OffQKVCacheMethod(BaseKVCacheMethod):
 
 def refuse_unsupported_attention(layer: Attention, group_size: int) -> None:
     """Raises: UserError naming the first property of the layer that would be dropped."""
-    chosen = layer.impl
+    chosen, multiple = layer.impl, backend().KV_MULTIPLE
     refused = {
         f"a head size that {group_size} does not divide": layer.head_size % group_size,
+        f"a head size or group that {multiple}, the step of its kernels, does not divide": (
+            layer.head_size % multiple or group_size % multiple
+        ),
         "a value head size other than the key head size": layer.head_size_v != layer.head_size,
         f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
         "ALiBi": chosen.alibi_slopes is not None or layer.use_alibi_sqrt,
@@ -123,16 +127,15 @@ def load_key_rotation(parameter: Parameter, loaded: Tensor) -> None:
 
 @dataclass
 class OffQAttentionMetadata(AttentionMetadata):
-    """One step's ragged batch; both lists are on the host."""
+    """One step's ragged batch."""
 
+    num_tokens: int
     block_table: Tensor
     """[requests, blocks] int32."""
-    query_start_loc: list[int]
-    seq_lens: list[int]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.query_start_loc[-1]
+    query_start_loc: Tensor
+    """[requests + 1] int32, on the host."""
+    seq_lens: Tensor
+    """[requests] int32."""
 
 
 class OffQAttentionMetadataBuilder(AttentionMetadataBuilder[OffQAttentionMetadata]):
@@ -156,14 +159,15 @@ class OffQAttentionMetadataBuilder(AttentionMetadataBuilder[OffQAttentionMetadat
         if common_attn_metadata.causal is not True:
             raise NotImplementedError("OffQ's 4-bit KV cache supports causal attention only")
         return OffQAttentionMetadata(
+            num_tokens=common_attn_metadata.num_actual_tokens,
             block_table=common_attn_metadata.block_table_tensor,
-            query_start_loc=common_attn_metadata.query_start_loc_cpu.tolist(),
-            seq_lens=common_attn_metadata.seq_lens.tolist(),
+            query_start_loc=common_attn_metadata.query_start_loc_cpu,
+            seq_lens=common_attn_metadata.seq_lens,
         )
 
 
 class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
-    """Rotates, then calls the kernels."""
+    """Calls the kernels."""
 
     def __init__(
         self,
@@ -187,8 +191,14 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
     ) -> None:
         """Store the new tokens. key, value: [T or more, H_kv, D]; slot_mapping: [T]."""
         tokens = slot_mapping.shape[0]
-        key, value = self._rotate(layer, key[:tokens]), value[:tokens]
-        backend().kv_store(key, value, kv_cache, slot_mapping, self.group_size)
+        backend().kv_store(
+            key[:tokens],
+            value[:tokens],
+            kv_cache,
+            slot_mapping,
+            self.group_size,
+            getattr(layer, KEY_ROTATION, None),
+        )
 
     def forward(
         self,
@@ -206,21 +216,19 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
         if attn_metadata is None:  # vLLM measures memory with a run without a cache.
             return output.zero_()
         tokens = attn_metadata.num_tokens
-        output[:tokens] = backend().paged_attention(
-            self._rotate(layer, query[:tokens]),
+        backend().paged_attention(
+            query[:tokens],
             kv_cache,
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
+            output[:tokens],
             self.scale,
             self.group_size,
             self.sliding_window,
+            getattr(layer, KEY_ROTATION, None),
         )
         return output
-
-    def _rotate(self, layer: Attention, x: Tensor) -> Tensor:
-        rotation = getattr(layer, KEY_ROTATION, None)
-        return x if rotation is None else backend().rotate_heads(x, rotation)
 
 
 class OffQAttentionBackend(AttentionBackend):
@@ -249,6 +257,12 @@ class OffQAttentionBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC,)  # [blocks, heads, tokens, bytes], as the kernels index it.
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: object = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(backend().KV_MULTIPLE)]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

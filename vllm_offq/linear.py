@@ -103,12 +103,14 @@ class OffQLinearMethod(LinearMethodBase):
                 f"{layer.prefix}: {WEIGHT_SCALE} is missing from the checkpoint or not finite; "
                 "quantize the model again"
             )
-        num_groups = 2 * layer.weight_packed.shape[1] // self.site.group_size
-        codes, sums = backend().prepare_weight(layer.weight_packed.data, num_groups)
+        layer.offq_out_features = layer.weight_packed.shape[0]
+        weight = backend().prepare_weight(
+            layer.weight_packed.data, layer.weight_scale.data, self.site.group_size
+        )
         del layer.weight_packed
-        layer.weight_codes = Parameter(codes, requires_grad=False)
-        layer.weight_sums = Parameter(sums, requires_grad=False)
-        layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
+        layer.weight_codes = Parameter(weight.codes, requires_grad=False)
+        layer.weight_scale = Parameter(weight.scale, requires_grad=False)
+        layer.weight_sums = Parameter(weight.sums, requires_grad=False)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: [..., K]. Returns: [..., N] in x's dtype."""
@@ -118,6 +120,7 @@ class OffQLinearMethod(LinearMethodBase):
             layer.weight_scale,
             layer.weight_sums,
             bias,
+            layer.offq_out_features,
             self.site.group_size,
             self.site.online_hadamard or 0,
             self.site.clip_ratio,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged import Batch, attend, empty_cache, slots_of
 from torch import Tensor
 
 from vllm_offq.format import pack_int4
@@ -49,9 +50,9 @@ def test_gemm_is_the_formula(
     weight_scale = torch.rand(outputs, num_groups if scales_per_group else 1).half()
     codes = torch.randint(-8, 8, (tokens, channels), dtype=torch.int8)
     scale, offset = torch.rand(tokens, num_groups), torch.randn(tokens, num_groups)
-    prepared, sums = reference.prepare_weight(pack_int4(weight_codes), num_groups)
-    assert torch.equal(prepared, weight_codes)
-    y = reference.gemm(codes, scale, offset, prepared, weight_scale, sums)
+    weight = reference.prepare_weight(pack_int4(weight_codes), weight_scale, group_size)
+    assert torch.equal(weight.codes, weight_codes)
+    y = reference.gemm(codes, scale, offset, weight)
     assert y.dtype == torch.float32
     expected = integer_gemm(codes, scale, offset, weight_codes, weight_scale)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
@@ -66,10 +67,10 @@ def test_linear_approximates_the_matrix_product(
     torch.manual_seed(0)
     codes = torch.randint(-8, 8, (48, 256), dtype=torch.int8)
     weight_scale = torch.rand(48, 1).half()
-    weight_codes, sums = reference.prepare_weight(pack_int4(codes), 4)
+    weight = reference.prepare_weight(pack_int4(codes), weight_scale, 64)
     bias = torch.randn(48).to(dtype)
     x = torch.randn(*leading, 256).to(dtype)
-    y = reference.linear(x, weight_codes, weight_scale, sums, bias, 64, 64, 1.0, symmetric)
+    y = reference.linear(x, weight, bias, 48, 64, 64, 1.0, symmetric)
     assert y.dtype == dtype
     assert y.shape == (*leading, 48)
     rotated = x.float() @ torch.block_diag(*[hadamard(64).float()] * 4)
@@ -80,27 +81,25 @@ def test_linear_approximates_the_matrix_product(
 
 
 def test_the_bias_is_added_once() -> None:
-    weight_codes, sums = reference.prepare_weight(
-        pack_int4(torch.randint(-8, 8, (8, 32), dtype=torch.int8)), 1
+    weight = reference.prepare_weight(
+        pack_int4(torch.randint(-8, 8, (8, 32), dtype=torch.int8)), torch.full((8, 1), 0.5), 32
     )
     x, bias = torch.randn(3, 32), torch.randn(8)
-    rest = (32, 0, 1.0, False)
     with_bias, without = (
-        reference.linear(x, weight_codes, torch.full((8, 1), 0.5), sums, b, *rest)
-        for b in (bias, None)
+        reference.linear(x, weight, b, 8, 32, 0, 1.0, False) for b in (bias, None)
     )
     torch.testing.assert_close(with_bias - without, bias.expand(3, 8), atol=1e-4, rtol=0)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
     torch.manual_seed(0)
-    weight_codes, sums = reference.prepare_weight(
-        pack_int4(torch.randint(-8, 8, (32, 128), dtype=torch.int8)), 2
+    weight = reference.prepare_weight(
+        pack_int4(torch.randint(-8, 8, (32, 128), dtype=torch.int8)), torch.ones(32, 1), 64
     )
     x = torch.randn(4, 128)
 
     def run(x: Tensor) -> Tensor:
-        return reference.linear(x, weight_codes, torch.ones(32, 1), sums, None, 64, 64, 0.95, False)
+        return reference.linear(x, weight, None, 32, 64, 64, 0.95, False)
 
     clean = run(x)
     torch.testing.assert_close(run(x[2:3])[0], clean[2])
@@ -133,11 +132,6 @@ def test_rotating_queries_and_keys_keeps_their_products() -> None:
         )
 
 
-def empty_cache(blocks: int, heads: int, block_size: int, head_size: int, group: int) -> Tensor:
-    content_bytes = reference.kv_page_bytes(head_size, group)
-    return torch.full((blocks, heads, block_size, content_bytes), 0xA5, dtype=torch.uint8)
-
-
 @given(
     tokens=st.integers(0, 9),
     heads=st.integers(1, 3),
@@ -153,9 +147,7 @@ def test_the_cache_returns_what_was_stored(
     block_size, blocks = 4, torch.tensor([5, 1, 3])
     cache = empty_cache(7, heads, block_size, head_size, group_size)
     key, value = (3 + torch.randn(2, tokens, heads, head_size)).unbind(0)
-    position = torch.arange(tokens)
-    slots = blocks[position // block_size] * block_size + position % block_size
-    reference.kv_store(key, value, cache, slots, group_size)
+    reference.kv_store(key, value, cache, slots_of(blocks, tokens, block_size), group_size)
     for stored, loaded in zip(
         (key, value), reference.kv_load(cache, blocks, tokens, group_size), strict=True
     ):
@@ -211,22 +203,17 @@ def test_paged_attention_is_attention_over_the_dequantized_cache(
     torch.manual_seed(0)
     head_size, block_size, scale = 64, 4, 1 / 8
     seq_lens, new = [9, 6, 13, 3], [1, 6, 5, 0]
+    batch = Batch.of(seq_lens, new, block_size)
     cache = empty_cache(16, kv_heads, block_size, head_size, head_size)
-    block_table = torch.randperm(16).view(4, 4)
-    for request, length in enumerate(seq_lens):
-        position = torch.arange(length)
-        slots = block_table[request, position // block_size] * block_size + position % block_size
-        key, value = torch.randn(2, length, kv_heads, head_size).unbind(0)
-        reference.kv_store(key, value, cache, slots, head_size)
-    query_start_loc = [0, 1, 7, 12, 12]
+    key, value = torch.randn(2, sum(seq_lens), kv_heads, head_size).unbind(0)
+    reference.kv_store(key, value, cache, batch.slots(block_size), head_size)
     query = torch.randn(12, heads, head_size)
-    output = reference.paged_attention(
-        query, cache, block_table, seq_lens, query_start_loc, scale, head_size, sliding_window
-    )
+    output = attend(reference, query, cache, batch, scale, head_size, sliding_window)
     for request, length in enumerate(seq_lens):
-        key, value = reference.kv_load(cache, block_table[request], length, head_size)
+        blocks = batch.block_table[request, : -(-length // block_size)]
+        key, value = reference.kv_load(cache, blocks, length, head_size)
         for token in range(new[request]):
-            row, position = query_start_loc[request] + token, length - new[request] + token
+            row, position = batch.rows(request).start + token, length - new[request] + token
             first = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
             for head in range(heads):
                 kv_head = head // (heads // kv_heads)
@@ -237,32 +224,45 @@ def test_paged_attention_is_attention_over_the_dequantized_cache(
                 )
 
 
+def test_rotated_attention_is_attention_with_rotated_queries_and_keys() -> None:
+    torch.manual_seed(0)
+    length, kv_heads, head_size = 9, 2, 16
+    rotation = torch.linalg.qr(torch.randn(kv_heads, head_size, head_size))[0]
+    key, value = torch.randn(2, length, kv_heads, head_size).unbind(0)
+    query = torch.randn(3, 6, head_size)
+    batch = Batch.of([length], [3], 4)
+    caches = [empty_cache(3, kv_heads, 4, head_size, head_size) for _ in range(2)]
+    slots = batch.slots(4)
+    reference.kv_store(key, value, caches[0], slots, head_size, rotation)
+    rotated_key = reference.rotate_heads(key, rotation)
+    reference.kv_store(rotated_key, value, caches[1], slots, head_size)
+    assert torch.equal(*caches)
+    rotated_query = reference.rotate_heads(query, rotation)
+    inside = attend(reference, query, caches[0], batch, 0.25, head_size, rotation=rotation)
+    outside = attend(reference, rotated_query, caches[1], batch, 0.25, head_size)
+    assert torch.equal(inside, outside)
+
+
 def test_chunks_give_what_one_prefill_gives() -> None:
     torch.manual_seed(0)
     length, heads, head_size = 11, 2, 64
     key, value, query = torch.randn(3, length, heads, head_size).unbind(0)
-    cache = empty_cache(3, heads, 4, head_size, head_size)
-    table = torch.tensor([[2, 0, 1]])
-    position = torch.arange(length)
-    slots = table[0, position // 4] * 4 + position % 4
+    cache, chunked = (empty_cache(3, heads, 4, head_size, head_size) for _ in range(2))
+    prefill = Batch.of([length], [length], 4)
+    slots, scale = prefill.slots(4), 1 / math.sqrt(head_size)
     reference.kv_store(key, value, cache, slots, head_size)
-    scale = 1 / math.sqrt(head_size)
-    whole = reference.paged_attention(query, cache, table, [11], [0, 11], scale, head_size)
-    chunked = empty_cache(3, heads, 4, head_size, head_size)
+    whole = attend(reference, query, cache, prefill, scale, head_size)
     parts = []
     for start, end in ((0, 4), (4, 5), (5, 11)):
         reference.kv_store(key[start:end], value[start:end], chunked, slots[start:end], head_size)
-        parts.append(
-            reference.paged_attention(
-                query[start:end], chunked, table, [end], [0, end - start], scale, head_size
-            )
+        chunk = Batch(
+            torch.tensor([end]).int(), torch.tensor([0, end - start]).int(), prefill.block_table
         )
+        parts.append(attend(reference, query[start:end], chunked, chunk, scale, head_size))
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_an_empty_batch() -> None:
     cache = empty_cache(1, 2, 4, 64, 64)
-    output = reference.paged_attention(
-        torch.zeros(0, 4, 64), cache, torch.zeros(0, 1, dtype=torch.int32), [], [0], 1.0, 64
-    )
+    output = attend(reference, torch.zeros(0, 4, 64), cache, Batch.of([], [], 4), 1.0, 64)
     assert output.shape == (0, 4, 64)

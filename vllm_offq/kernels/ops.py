@@ -9,23 +9,33 @@ import torch
 from torch import Tensor
 
 from vllm_offq.kernels import backend
+from vllm_offq.kernels.reference import Weight
 
 _library = torch.library.Library("vllm_offq", "DEF")
 
 _library.define(
     "linear(Tensor x, Tensor weight_codes, Tensor weight_scale, Tensor weight_sums, Tensor? bias, "
-    "int group_size, int rotation_block_size, float clip_ratio, bool symmetric) -> Tensor"
+    "int out_features, int group_size, int rotation_block_size, float clip_ratio, bool symmetric) "
+    "-> Tensor"
 )
 
 
-def _linear(*arguments: Any) -> Tensor:
-    return backend().linear(*arguments)
+def _linear(
+    x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, *settings: Any
+) -> Tensor:
+    return backend().linear(x, Weight(codes, scale, sums), bias, *settings)
 
 
 def _linear_fake(
-    x: Tensor, weight_codes: Tensor, weight_scale: Tensor, *settings: object
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    *settings: object,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight_scale.shape[0])
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")

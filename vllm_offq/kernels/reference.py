@@ -3,6 +3,8 @@
 Shapes: T tokens, K input channels, N output channels, G groups of K / G channels, D head_size.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,26 @@ from vllm_offq.format import unpack_int4
 from vllm_offq.quantizer import dequantize, group_range, quantize
 from vllm_offq.rotation import apply_block_hadamard
 
+KV_MULTIPLE = 1
+"""What block size, head size and group size of a KV cache must be multiples of."""
 
-def prepare_weight(weight_packed: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """What a layer keeps at run time, made once at load.
 
-    weight_packed: [N, K / 2] uint8. Returns: codes [N, K] int8 and their sums over each group of
-    input channels [N, num_groups] float32 (the offset term needs them; they are not stored).
-    """
+class Weight(NamedTuple):
+    """What a layer keeps at run time, made once at load. Backends choose shapes and dtypes."""
+
+    codes: Tensor
+    """Here [N, K] int8."""
+    scale: Tensor
+    """Here as stored: [N, 1] or [N, G] float16."""
+    sums: Tensor
+    """Of the codes over each group, for the offset term (not stored). Here [N, G] float32."""
+
+
+def prepare_weight(weight_packed: Tensor, weight_scale: Tensor, group_size: int) -> Weight:
+    """From the checkpoint's form. weight_packed: [N, K / 2] uint8; weight_scale: [N, 1 or G]."""
     codes = unpack_int4(weight_packed)
-    return codes, codes.unflatten(-1, (num_groups, -1)).sum(-1, dtype=torch.int32).float()
+    sums = codes.unflatten(-1, (-1, group_size)).sum(-1, dtype=torch.int32).float()
+    return Weight(codes, weight_scale, sums)
 
 
 def rotate_quantize(
@@ -39,22 +52,19 @@ def gemm(
     codes: Tensor,
     scale: Tensor,
     offset: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    weight_sums: Tensor,
+    weight: Weight,
 ) -> Tensor:
     """``y[t,n] = sum_g s_x[t,g] s_w[n,g] sum_k q_x q_w + sum_g o[t,g] s_w[n,g] r[n,g]``.
 
-    codes [T, K] int8; scale, offset [T, G]; weight_codes [N, K] int8; weight_scale [N, 1] or
-    [N, G]; weight_sums r [N, G]. Returns: [T, N] float32. The inner sum is an exact integer
-    (float32 holds it while a group is shorter than 2^18 channels).
+    codes [T, K] int8; scale, offset [T, G]; r are weight.sums. Returns: [T, N] float32. The inner
+    sum is an exact integer (float32 holds it while a group is shorter than 2^18 channels).
     """
     num_groups = scale.shape[-1]
-    weight_scale = weight_scale.float()
+    weight_scale = weight.scale.float()
     per_group = weight_scale.shape[-1] > 1
-    y = offset @ (weight_sums * weight_scale if per_group else weight_sums).T
+    y = offset @ (weight.sums * weight_scale if per_group else weight.sums).T
     x_groups = codes.float().unflatten(-1, (num_groups, -1))
-    w_groups = weight_codes.unflatten(-1, (num_groups, -1))
+    w_groups = weight.codes.unflatten(-1, (num_groups, -1))
     for group in range(num_groups):
         accumulator = x_groups[:, group] @ w_groups[:, group].T.float()
         if per_group:
@@ -65,23 +75,25 @@ def gemm(
 
 def linear(
     x: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    weight_sums: Tensor,
+    weight: Weight,
     bias: Tensor | None,
+    out_features: int,
     group_size: int,
     rotation_block_size: int,
     clip_ratio: float,
     symmetric: bool,
 ) -> Tensor:
-    """Rotate, quantize, multiply, add bias. x: [..., K]. Returns: [..., N] in x's dtype."""
+    """Rotate, quantize, multiply, add bias. x: [..., K]. Returns: [..., N] in x's dtype.
+
+    out_features is N: a backend may pad its weights.
+    """
     codes, scale, offset = rotate_quantize(
         x.flatten(0, -2), group_size, rotation_block_size, clip_ratio, symmetric
     )
-    y = gemm(codes, scale, offset, weight_codes, weight_scale, weight_sums)
+    y = gemm(codes, scale, offset, weight)
     if bias is not None:
         y += bias.float()
-    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
 def rotate_heads(x: Tensor, rotation: Tensor) -> Tensor:
@@ -114,13 +126,21 @@ def _unpack_head(packed: Tensor, parameters: Tensor) -> Tensor:
 
 
 def kv_store(
-    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, group_size: int
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    group_size: int,
+    rotation: Tensor | None = None,
 ) -> None:
-    """Quantize, pack and scatter the new tokens' keys (already rotated) and values.
+    """Rotate the new tokens' keys, quantize, pack and scatter keys and values.
 
     key, value: [T, H_kv, D]; kv_cache: [blocks, H_kv, block_size, C] uint8, written in place, C
-    bytes as in kv_page_bytes; slot_mapping: [T] int64, negative for padding.
+    bytes as in kv_page_bytes; slot_mapping: [T] int64, negative for padding; rotation:
+    [H_kv, D, D] float32. How a backend arranges the bytes of one block and head is its own affair.
     """
+    if rotation is not None:
+        key = rotate_heads(key, rotation)
     valid = slot_mapping >= 0
     packed = [_pack_head(x[valid], group_size) for x in (key, value)]
     page = torch.cat(
@@ -150,22 +170,26 @@ def paged_attention(
     query: Tensor,
     kv_cache: Tensor,
     block_table: Tensor,
-    seq_lens: list[int],
-    query_start_loc: list[int],
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    output: Tensor,
     scale: float,
     group_size: int,
     sliding_window: int | None = None,
-) -> Tensor:
+    rotation: Tensor | None = None,
+) -> None:
     """Causal attention of a ragged batch over packed pages.
 
-    query: [T, H, D], already rotated like the keys; block_table: [R, B] int; seq_lens: context
-    length of each of R requests, the new tokens included; query_start_loc: R + 1 row bounds.
-    sliding_window: how many last tokens, itself included, a token sees.
-    Returns: [T, H, D] float32.
+    query: [T, H, D], rotated here like the keys; block_table: [R, B] int32; seq_lens: [R] int32,
+    context length of each request, the new tokens included; query_start_loc: [R + 1] int32, row
+    bounds; output: [T, H, D], written in place; sliding_window: how many last tokens, itself
+    included, a token sees; rotation: [H_kv, D, D] float32.
     """
-    output = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-    for request, length in enumerate(seq_lens):
-        start, end = query_start_loc[request], query_start_loc[request + 1]
+    if rotation is not None:
+        query = rotate_heads(query, rotation)
+    bounds = query_start_loc.tolist()
+    for request, length in enumerate(seq_lens.tolist()):
+        start, end = bounds[request], bounds[request + 1]
         if end == start:
             continue
         num_blocks = -(-length // kv_cache.shape[2])
@@ -183,4 +207,3 @@ def paged_attention(
             scale=scale,
             enable_gqa=True,
         ).transpose(0, 1)
-    return output

@@ -12,6 +12,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
+
 from vllm_offq.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,14 @@ class Backend(NamedTuple):
     is_usable: Callable[[], bool]
 
 
+def _cpu_is_usable() -> bool:
+    from vllm_offq.kernels.cpu.library import is_usable
+
+    return not torch.cuda.is_available() and is_usable()
+
+
 BACKENDS: dict[str, Backend] = {
+    "cpu": Backend("vllm_offq.kernels.cpu", _cpu_is_usable),
     "reference": Backend("vllm_offq.kernels.reference", lambda: True),
 }
 """By falling preference."""

@@ -1,0 +1,234 @@
+// The linear layer: activations to codes, codes times packed weight, offset term, bias.
+#pragma once
+
+#include <omp.h>
+
+#include "quantize.h"
+
+namespace offq {
+namespace {
+
+// Activation codes of one block of tokens, by segment: a register tile reads rows that are
+// neighbours in memory.
+struct Codes {
+  int8_t* codes;   // [segments, tokens, padded]
+  float* scale;    // [segments, tokens]
+  float* offset;   // [segments, tokens]
+  int32_t* start;  // [segments, tokens]: -8 times the sum of the codes, since weights are stored + 8
+  int64_t tokens;
+  int64_t padded;  // segment_size, rounded up to whole blocks
+};
+
+template <class S>
+void quantize_row(const Linear& a, int64_t token, float* row, const Codes& out, int64_t slot) {
+  const InputGrid& grid = a.grid;
+  read_row<S>(a.dtype, element(a.x, a.dtype, token * a.x_stride), a.in_features, row);
+  if (grid.hadamard_block) block_hadamard<S>(row, a.in_features, grid);
+  const int64_t per_group = grid.group_size / a.segment_size;
+  const int64_t groups = a.in_features / grid.group_size;
+  for (int64_t group = 0; group < groups; ++group) {
+    const float* x = row + group * grid.group_size;
+    const Range range =
+        group_range<S>(x, grid.group_size, grid.range_to_scale, grid.symmetric != 0);
+    for (int64_t part = 0; part < per_group; ++part) {
+      const int64_t i = (group * per_group + part) * out.tokens + slot;
+      const int32_t sum = quantize_group<S>(x + part * a.segment_size, a.segment_size, out.padded,
+                                            range, out.codes + i * out.padded);
+      out.scale[i] = range.scale;
+      out.offset[i] = range.offset;
+      out.start[i] = -8 * sum;
+    }
+  }
+}
+
+constexpr int64_t kTokens = 128;   // of a block: its codes stay in the second-level cache
+constexpr int64_t kChannels = 64;  // of a piece of the output
+constexpr int64_t kChunk = 256;    // input channels whose unpacked codes stay in the first level
+
+// A piece of the output: tokens of the block that starts at `start`, up to kChannels channels, and
+// of its sum the segments [first, last). The sums rest in `partial`, [tokens, kChannels].
+struct Piece {
+  int64_t start, channel, channels, first, last;
+  const uint8_t* codes;  // of the first tile and segment
+  int64_t tile_stride, segment_stride;  // bytes
+  bool unpacked;
+  float* partial;
+};
+
+// partial += scale * acc + offset * sums of one segment, times the weights' own scale if it has one.
+template <class S, int M, int V, bool kGroupScale>
+__attribute__((always_inline)) inline void add_segment(const Linear& a, const Codes& x,
+                                                       typename S::Acc (&acc)[M][V], int64_t row,
+                                                       int64_t place, int64_t tile_stride,
+                                                       bool is_first, float* partial) {
+  using F = typename S::F;
+  constexpr int kPerTile = kTile / S::kLanes;
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    const int64_t at = place + (v / kPerTile) * tile_stride + (v % kPerTile) * S::kLanes;
+    F sums = S::load_int16(a.weight_sums + at), scales;
+    if constexpr (kGroupScale) {
+      scales = S::load_half(a.weight_scale + at);
+      sums = S::mul(sums, scales);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      float* p = partial + m * kChannels + v * S::kLanes;
+      F product = S::to_float(S::widen(acc[m][v]));
+      if constexpr (kGroupScale) product = S::mul(product, scales);
+      const F sum = S::fma(S::set(x.offset[row + m]), sums, is_first ? S::zero() : S::load(p));
+      S::store(p, S::fma(S::set(x.scale[row + m]), product, sum));
+    }
+  }
+}
+
+// M tokens from m0 on times V vectors of channels from n0 on, both counted within the piece.
+template <class S, int M, int V, bool kUnpacked>
+void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0, int64_t n0) {
+  const int64_t segments = a.in_features / a.segment_size, blocks = x.padded / kBlock;
+  const int64_t channel = piece.channel + n0;
+  const uint8_t* codes = piece.codes + n0 / kTile * piece.tile_stride;
+  float* partial = piece.partial + m0 * kChannels + n0;
+  for (int64_t s = piece.first; s < piece.last; ++s, codes += piece.segment_stride) {
+    const int64_t row = s * x.tokens + m0, place = (channel / kTile * segments + s) * kTile;
+    typename S::Acc acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] = S::start(x.start[row + m]);
+    multiply_tiles<S, M, V, kUnpacked>(x.codes + row * x.padded, x.padded, codes,
+                                       piece.tile_stride, blocks, acc);
+    if (a.scale_per_group) {
+      add_segment<S, M, V, true>(a, x, acc, row, place, segments * kTile, s == 0, partial);
+    } else {
+      add_segment<S, M, V, false>(a, x, acc, row, place, segments * kTile, s == 0, partial);
+    }
+  }
+}
+
+template <class S>
+struct LinearRows {
+  const Linear& a;
+  const Codes& x;
+  const Piece& piece;
+  int64_t m0;
+
+  template <int M>
+  void run() const {
+    constexpr int kVectors = S::vectors(M), kStep = kVectors * S::kLanes;
+    constexpr int kPerTile = kTile / S::kLanes;
+    int64_t n = 0;
+    if constexpr (2 * M >= S::kRows) {  // fewer rows are a block of their own
+      if (piece.unpacked) {
+        for (; n + kStep <= piece.channels; n += kStep)
+          linear_tile<S, M, kVectors, true>(a, x, piece, m0, n);
+        for (; n < piece.channels; n += kTile)
+          linear_tile<S, M, kPerTile, true>(a, x, piece, m0, n);
+      }
+    }
+    for (; n + kStep <= piece.channels; n += kStep)
+      linear_tile<S, M, kVectors, false>(a, x, piece, m0, n);
+    for (; n < piece.channels; n += kTile) linear_tile<S, M, kPerTile, false>(a, x, piece, m0, n);
+  }
+};
+
+// Finished sums to output: the channels' scale, bias, the output's dtype.
+template <class S>
+void write_piece(const Linear& a, const Piece& piece, int64_t tokens) {
+  using F = typename S::F;
+  for (int64_t n0 = 0; n0 < piece.channels; n0 += S::kLanes) {
+    const int64_t n = piece.channel + n0, valid = min_of(a.out_features - n, S::kLanes);
+    if (valid <= 0) break;
+    const F bias = a.bias ? load_some<S>(a.dtype, a.bias, n, valid) : S::zero();
+    const F scale = a.scale_per_group ? S::set(1.0f) : S::load_half(a.weight_scale + n);
+    for (int64_t m = 0; m < tokens; ++m) {
+      F y = S::mul(S::load(piece.partial + m * kChannels + n0), scale);
+      if (a.bias) y = S::add(y, bias);
+      const int64_t at = (piece.start + m) * a.out_features + n;
+      if (valid == S::kLanes) {
+        store_as<S>(a.dtype, a.y, at, y);
+      } else {
+        store_some<S>(a.dtype, a.y, at, y, valid);
+      }
+    }
+  }
+}
+
+template <class S>
+int linear(const Linear& a) {
+  const int64_t segments = a.in_features / a.segment_size;
+  const int64_t tokens = min_of(a.tokens, kTokens), pieces = ceil_div(a.out_features, kChannels);
+  const int threads = omp_get_max_threads();
+
+  Codes x{};
+  x.tokens = tokens;
+  x.padded = round_up(a.segment_size, kBlock);
+  const int64_t segment_bytes = x.padded / kBlock * kTileBlockBytes;
+  const int64_t row_size = round_up(a.in_features, kTile), partial_size = tokens * kChannels;
+  // One tile of rows walks over all segments at once. Several share the codes of a few segments,
+  // unpacked for them.
+  const bool unpack = tokens > S::kRows;
+  const int64_t chunk = unpack ? max_of(1, kChunk / x.padded) : segments;
+  const int64_t panel_size = unpack ? kChannels / kTile * chunk * 2 * segment_bytes : 0;
+
+  float *rows = nullptr, *partials = nullptr;
+  uint8_t* panels = nullptr;
+  for (char* base = nullptr;;) {
+    Arena arena{base};
+    x.codes = arena.take<int8_t>(segments * tokens * x.padded);
+    x.scale = arena.take<float>(segments * tokens);
+    x.offset = arena.take<float>(segments * tokens);
+    x.start = arena.take<int32_t>(segments * tokens);
+    rows = arena.take<float>(threads * row_size);
+    partials = arena.take<float>(threads * partial_size);
+    panels = arena.take<uint8_t>(threads * panel_size);
+    if (base) break;
+    base = static_cast<char*>(workspace(arena.used));
+    if (!base) return 1;
+  }
+
+#pragma omp parallel num_threads(threads)
+  for (int64_t start = 0; start < a.tokens; start += tokens) {
+    const int64_t count = min_of(a.tokens - start, tokens), tiles = ceil_div(count, S::kRows);
+    const int thread = omp_get_thread_num();
+    uint8_t* panel = panels + thread * panel_size;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t)
+      quantize_row<S>(a, start + t, rows + thread * row_size, x, t);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < pieces; ++p) {
+      Piece piece{};
+      piece.start = start;
+      piece.channel = p * kChannels;
+      piece.channels = min_of(round_up(a.out_features - piece.channel, kTile), kChannels);
+      piece.partial = partials + thread * partial_size;
+      const uint8_t* weight = a.weight_codes + piece.channel / kTile * segments * segment_bytes;
+      for (int64_t first = 0; first < segments; first += chunk) {
+        piece.first = first;
+        piece.last = min_of(first + chunk, segments);
+        piece.codes = weight + first * segment_bytes;
+        piece.tile_stride = segments * segment_bytes;
+        piece.segment_stride = segment_bytes;
+        piece.unpacked = tiles > 1;
+        if (piece.unpacked) {
+          const int64_t packed_bytes = (piece.last - first) * segment_bytes;
+          for (int64_t tile = 0; tile < piece.channels / kTile; ++tile)
+            unpack_blocks<S>(piece.codes + tile * piece.tile_stride,
+                             packed_bytes / kTileBlockBytes, panel + tile * 2 * packed_bytes);
+          piece.codes = panel;
+          piece.tile_stride = 2 * packed_bytes;
+          piece.segment_stride = 2 * segment_bytes;
+        }
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t m0 = count * tile / tiles, m1 = count * (tile + 1) / tiles;
+          with_rows<S::kRows>(m1 - m0, LinearRows<S>{a, x, piece, m0});
+        }
+      }
+      write_piece<S>(a, piece, count);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace offq

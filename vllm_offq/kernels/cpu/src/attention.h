@@ -97,7 +97,7 @@ int paged_attention(const Attention& a) {
     }
   }
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (count > 1)
   {
     const AttentionScratch& s = scratch[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
@@ -139,8 +139,7 @@ int paged_attention(const Attention& a) {
           total += partial_state[2 * at + 1] * weight;
           const float* x = partial_output + at * head_size;
           for (int64_t d = 0; d < head_size; d += S::kLanes) {
-            S::store(s.output + d,
-                     S::fma(S::load(x + d), S::set(weight), S::load(s.output + d)));
+            S::store(s.output + d, S::fma(S::load(x + d), S::set(weight), S::load(s.output + d)));
           }
         }
         write_head<S>(a, piece.first_token + r / heads_per_kv,

@@ -23,13 +23,13 @@ struct AttentionPiece {
 // What a thread needs for one piece. R rows: query tokens times heads per KV head.
 struct AttentionScratch {
   float *row, *rotated;
-  int8_t* query;         // [2 R, head_size], high and low bytes
-  int32_t* query_start;  // [groups, 2 R]: -8 times the sum over a group
-  float* query_sum;      // [groups, R]
-  float* query_scale;    // [R]
-  float* score;          // [R, kChunkTokens], then the probabilities
-  float* weight;         // [R, kChunkTokens]: probability times value scale
-  int8_t* probability;   // [2 R, kChunkTokens], high and low bytes
+  int8_t* query;               // [2 R, head_size], high and low bytes
+  int32_t* query_start;        // [groups, 2 R]: -8 times the sum over a group
+  float* query_sum;            // [groups, R]
+  float* query_scale;          // [R]
+  float* score;                // [R, kChunkTokens], then the probabilities
+  float* weight;               // [R, kChunkTokens]: probability times value scale
+  int8_t* probability;         // [2 R, kChunkTokens], high and low bytes
   int32_t* probability_start;  // [2 R]
   float* probability_scale;    // [R]
   float* rescale;              // [R]
@@ -123,8 +123,8 @@ struct AttentionKernel {
         const F scale = S::load_half(p), offset = S::load_half(p + groups * a.page.block_size);
         for (int m = 0; m < P; ++m) {
           float* out = s.score + (r + m) * kChunkTokens + t + v * S::kLanes;
-          const F product = S::fma(S::to_float(sum[2 * m][v]), S::set(256.0f),
-                                   S::to_float(sum[2 * m + 1][v]));
+          const F product =
+              S::fma(S::to_float(sum[2 * m][v]), S::set(256.0f), S::to_float(sum[2 * m + 1][v]));
           F score = S::mul(product, S::mul(scale, S::set(s.query_scale[r + m])));
           score = S::fma(offset, S::set(s.query_sum[g * rows + r + m]), score);
           if (g) score = S::add(score, S::load(out));
@@ -141,7 +141,8 @@ struct AttentionKernel {
     for (int64_t r = 0; r < rows; ++r) {
       float* x = s.score + r * kChunkTokens;
       const int64_t position = length - (query_end - piece.first_token) + r / heads_per_kv;
-      const int64_t end = max_of(0, min_of(min_of(position + 1, piece.context_end) - start, padded));
+      const int64_t end =
+          max_of(0, min_of(min_of(position + 1, piece.context_end) - start, padded));
       int64_t begin = piece.context_start - start;
       if (a.sliding_window) begin = max_of(begin, position + 1 - a.sliding_window - start);
       begin = min_of(max_of(begin, 0), end);
@@ -194,8 +195,8 @@ struct AttentionKernel {
       const float size = S::reduce_max(most);
       s.probability_scale[r] = size / kInteger;
       int8_t* bytes = s.probability + 2 * r * kChunkTokens;
-      split_bytes<S>(w, padded, size == 0.0f ? 0.0f : kInteger / size, bytes,
-                     bytes + kChunkTokens, s.probability_start + 2 * r);
+      split_bytes<S>(w, padded, size == 0.0f ? 0.0f : kInteger / size, bytes, bytes + kChunkTokens,
+                     s.probability_start + 2 * r);
     }
   }
 
@@ -204,10 +205,9 @@ struct AttentionKernel {
   void value_tile(const uint8_t* values, int64_t r, int64_t channel, int64_t padded) const {
     const int64_t tile_bytes = a.page.block_size * kTile / 2;
     I sum[2 * P][V];
-    multiply_byte_tiles<S, 2 * P, V>(s.probability + 2 * r * kChunkTokens, kChunkTokens,
-                                     s.probability_start + 2 * r,
-                                     values + channel / kTile * tile_bytes, tile_bytes,
-                                     padded / kBlock, sum);
+    multiply_byte_tiles<S, 2 * P, V>(
+        s.probability + 2 * r * kChunkTokens, kChunkTokens, s.probability_start + 2 * r,
+        values + channel / kTile * tile_bytes, tile_bytes, padded / kBlock, sum);
     for (int m = 0; m < P; ++m) {
       const F scale = S::set(s.probability_scale[r + m]), rescale = S::set(s.rescale[r + m]);
       for (int v = 0; v < V; ++v) {
@@ -232,7 +232,8 @@ struct AttentionKernel {
       for (; t + kStep <= padded; t += kStep) {
         kernel.template score_tile<P, kVectors>(keys, parameters, r, t);
       }
-      for (; t < padded; t += kTile) kernel.template score_tile<P, kPerTile>(keys, parameters, r, t);
+      for (; t < padded; t += kTile)
+        kernel.template score_tile<P, kPerTile>(keys, parameters, r, t);
     }
   };
 
@@ -281,8 +282,8 @@ struct AttentionKernel {
         weigh(scales, scales + kind, g, padded);
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t r = rows * i / tiles, end = rows * (i + 1) / tiles;
-          with_rows<kPairs>(end - r, ValueRows{*this, values, r, g * group_size,
-                                               (g + 1) * group_size, padded});
+          with_rows<kPairs>(
+              end - r, ValueRows{*this, values, r, g * group_size, (g + 1) * group_size, padded});
         }
       }
       start += count;

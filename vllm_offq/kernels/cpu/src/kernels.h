@@ -15,6 +15,8 @@ constexpr int kBlock = 8;
 constexpr int kTileBlockBytes = kTile * kBlock / 2;
 // The int16 lanes of AVX2 hold a sum over this many channels of 4-bit times 4-bit codes.
 constexpr int kMaxSegment = 256;
+// The largest order of a Hadamard matrix that is not doubled from a smaller one.
+constexpr int kMaxCore = 256;
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -32,9 +34,9 @@ struct InputGrid {
 // y = x W^T + bias; see reference.linear. A segment is a group, or an equal part of one that is
 // longer than kMaxSegment.
 struct Linear {
-  const void* x;       // [tokens, in_features], rows x_stride apart
-  void* y;             // [tokens, out_features]
-  const void* bias;    // [out_features] or null
+  const void* x;     // [tokens, in_features], rows x_stride apart
+  void* y;           // [tokens, out_features]
+  const void* bias;  // [out_features] or null
   int64_t tokens;
   int64_t in_features;
   int64_t out_features;

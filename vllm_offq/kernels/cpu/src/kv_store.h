@@ -39,8 +39,8 @@ inline void store_key(const int8_t* codes, const PageLayout& page, int64_t t, ui
 inline void store_value(const int8_t* codes, const PageLayout& page, int64_t t, uint8_t* values) {
   const int shift = t % 8 < 4 ? 0 : 4;
   for (int64_t c = 0; c < page.head_size; ++c) {
-    uint8_t* p = values + c / kTile * (page.block_size * kTile / 2) +
-                 t / kBlock * kTileBlockBytes + c % kTile * 4 + t % 4;
+    uint8_t* p = values + c / kTile * (page.block_size * kTile / 2) + t / kBlock * kTileBlockBytes +
+                 c % kTile * 4 + t % 4;
     *p = static_cast<uint8_t>((*p & (0xF0 >> shift)) | (codes[c] + 8) << shift);
   }
 }
@@ -52,8 +52,9 @@ int kv_store(const KVStore& a) {
   const int threads = omp_get_max_threads();
   float* rows = static_cast<float*>(workspace(threads * 3 * n * sizeof(float)));
   if (!rows) return 1;
-  // By head: two tokens share the bytes of a value's codes, two heads share none.
-#pragma omp parallel for schedule(static) num_threads(threads)
+  // By head: two tokens share the bytes of a value's codes, two heads share none. A few heads are
+  // stored before a second thread has woken up.
+#pragma omp parallel for schedule(static) num_threads(threads) if (a.tokens * heads > 32)
   for (int64_t head = 0; head < heads; ++head) {
     float* row = rows + omp_get_thread_num() * 3 * n;
     float* rotated = row + n;

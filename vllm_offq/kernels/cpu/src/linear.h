@@ -11,10 +11,11 @@ namespace {
 // Activation codes of one block of tokens, by segment: a register tile reads rows that are
 // neighbours in memory.
 struct Codes {
-  int8_t* codes;   // [segments, tokens, padded]
-  float* scale;    // [segments, tokens]
-  float* offset;   // [segments, tokens]
-  int32_t* start;  // [segments, tokens]: -8 times the sum of the codes, since weights are stored + 8
+  int8_t* codes;  // [segments, tokens, padded]
+  float* scale;   // [segments, tokens]
+  float* offset;  // [segments, tokens]
+  int32_t*
+      start;  // [segments, tokens]: -8 times the sum of the codes, since weights are stored + 8
   int64_t tokens;
   int64_t padded;  // segment_size, rounded up to whole blocks
 };
@@ -49,13 +50,14 @@ constexpr int64_t kChunk = 256;    // input channels whose unpacked codes stay i
 // of its sum the segments [first, last). The sums rest in `partial`, [tokens, kChannels].
 struct Piece {
   int64_t start, channel, channels, first, last;
-  const uint8_t* codes;  // of the first tile and segment
+  const uint8_t* codes;                 // of the first tile and segment
   int64_t tile_stride, segment_stride;  // bytes
   bool unpacked;
   float* partial;
 };
 
-// partial += scale * acc + offset * sums of one segment, times the weights' own scale if it has one.
+// partial += scale * acc + offset * sums of one segment, times the weights' own scale if it has
+// one.
 template <class S, int M, int V, bool kGroupScale>
 __attribute__((always_inline)) inline void add_segment(const Linear& a, const Codes& x,
                                                        typename S::Acc (&acc)[M][V], int64_t row,
@@ -96,8 +98,8 @@ void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[m][v] = S::start(x.start[row + m]);
-    multiply_tiles<S, M, V, kUnpacked>(x.codes + row * x.padded, x.padded, codes,
-                                       piece.tile_stride, blocks, acc);
+    multiply_tiles<S, M, V, kUnpacked>(x.codes + row * x.padded, x.padded, codes, piece.tile_stride,
+                                       blocks, acc);
     if (a.scale_per_group) {
       add_segment<S, M, V, true>(a, x, acc, row, place, segments * kTile, s == 0, partial);
     } else {
@@ -213,8 +215,8 @@ int linear(const Linear& a) {
         if (piece.unpacked) {
           const int64_t packed_bytes = (piece.last - first) * segment_bytes;
           for (int64_t tile = 0; tile < piece.channels / kTile; ++tile)
-            unpack_blocks<S>(piece.codes + tile * piece.tile_stride,
-                             packed_bytes / kTileBlockBytes, panel + tile * 2 * packed_bytes);
+            unpack_blocks<S>(piece.codes + tile * piece.tile_stride, packed_bytes / kTileBlockBytes,
+                             panel + tile * 2 * packed_bytes);
           piece.codes = panel;
           piece.tile_stride = 2 * packed_bytes;
           piece.segment_stride = 2 * segment_bytes;

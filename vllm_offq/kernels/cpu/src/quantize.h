@@ -73,7 +73,7 @@ template <class S>
 inline void block_hadamard(float* x, int64_t n, const InputGrid& grid) {
   const int64_t core = grid.hadamard_core, block = grid.hadamard_block;
   if (core > 1) {
-    float sums[64];
+    float sums[kMaxCore];
     for (int64_t start = 0; start < n; start += core) {
       for (int64_t j = 0; j < core; ++j) {
         float sum = x[start] * grid.hadamard_matrix[j];

@@ -93,8 +93,7 @@ inline void split_bytes(const float* x, int64_t n, float inverse, int8_t* high, 
                         int32_t* start) {
   typename S::I high_sum = S::int_zero(), low_sum = S::int_zero();
   for (int64_t i = 0; i < n; i += S::kLanes) {
-    const typename S::I whole =
-        S::to_int(S::zero_nan(S::mul(S::load(x + i), S::set(inverse))));
+    const typename S::I whole = S::to_int(S::zero_nan(S::mul(S::load(x + i), S::set(inverse))));
     const typename S::I h = S::template shift_right<8>(S::add(whole, S::int_set(128)));
     const typename S::I l = S::sub(whole, S::template shift_left<8>(h));
     high_sum = S::add(high_sum, h);

@@ -53,8 +53,8 @@ struct Avx2 {
   template <int H>
   static F butterfly(F a) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i bit = _mm256_cmpeq_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(H)),
-                                           _mm256_set1_epi32(H));
+    const __m256i bit =
+        _mm256_cmpeq_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(H)), _mm256_set1_epi32(H));
     const F sign = _mm256_castsi256_ps(_mm256_slli_epi32(bit, 31));
     F other;
     if constexpr (H == 1) other = _mm256_permute_ps(a, 0xB1);
@@ -97,12 +97,15 @@ struct Avx2 {
   static I int_zero() { return _mm256_setzero_si256(); }
   static I int_set(int32_t a) { return _mm256_set1_epi32(a); }
   template <int N>
-  static I shift_left(I a) { return _mm256_slli_epi32(a, N); }
+  static I shift_left(I a) {
+    return _mm256_slli_epi32(a, N);
+  }
   template <int N>
-  static I shift_right(I a) { return _mm256_srai_epi32(a, N); }
+  static I shift_right(I a) {
+    return _mm256_srai_epi32(a, N);
+  }
   static F scale_by_power(F a, I exponent) {
-    return mul(a, _mm256_castsi256_ps(
-                      shift_left<23>(add(exponent, int_set(127)))));
+    return mul(a, _mm256_castsi256_ps(shift_left<23>(add(exponent, int_set(127)))));
   }
   static int32_t reduce_add(I a) {
     __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -110,8 +113,7 @@ struct Avx2 {
     return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xB1)));
   }
   static void store_int8(int8_t* p, I a) {
-    const I low = _mm256_shuffle_epi8(
-        a, _mm256_set1_epi32(0x0C080400));
+    const I low = _mm256_shuffle_epi8(a, _mm256_set1_epi32(0x0C080400));
     const I lanes = _mm256_permutevar8x32_epi32(low, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(lanes));
   }
@@ -121,7 +123,9 @@ struct Avx2 {
   static U8 load_codes(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static void store_codes(uint8_t* p, U8 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  static void store_codes(uint8_t* p, U8 a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+  }
   static U8 low_nibbles(U8 a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
   static U8 high_nibbles(U8 a) {
     return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15));

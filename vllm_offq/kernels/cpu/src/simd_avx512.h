@@ -80,9 +80,13 @@ struct Avx512Vnni {
   static I int_zero() { return _mm512_setzero_si512(); }
   static I int_set(int32_t a) { return _mm512_set1_epi32(a); }
   template <int N>
-  static I shift_left(I a) { return _mm512_slli_epi32(a, N); }
+  static I shift_left(I a) {
+    return _mm512_slli_epi32(a, N);
+  }
   template <int N>
-  static I shift_right(I a) { return _mm512_srai_epi32(a, N); }
+  static I shift_right(I a) {
+    return _mm512_srai_epi32(a, N);
+  }
   static F scale_by_power(F a, I exponent) {
     return mul(a, _mm512_castsi512_ps(shift_left<23>(add(exponent, int_set(127)))));
   }

@@ -47,12 +47,8 @@ struct NeonDotprod {
     return add(other, vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), sign)));
   }
 
-  static F load_half(const uint16_t* p) {
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-  }
-  static void store_half(uint16_t* p, F a) {
-    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a)));
-  }
+  static F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static void store_half(uint16_t* p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
   static uint16_t half(float a) {
     return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(set(a))), 0);
   }
@@ -77,9 +73,13 @@ struct NeonDotprod {
   static I int_zero() { return int_set(0); }
   static I int_set(int32_t a) { return vdupq_n_s32(a); }
   template <int N>
-  static I shift_left(I a) { return vshlq_n_s32(a, N); }
+  static I shift_left(I a) {
+    return vshlq_n_s32(a, N);
+  }
   template <int N>
-  static I shift_right(I a) { return vshrq_n_s32(a, N); }
+  static I shift_right(I a) {
+    return vshrq_n_s32(a, N);
+  }
   static F scale_by_power(F a, I exponent) {
     return mul(a, vreinterpretq_f32_s32(shift_left<23>(add(exponent, int_set(127)))));
   }

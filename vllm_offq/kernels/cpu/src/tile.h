@@ -30,9 +30,10 @@ constexpr int kUnpackedBlockBytes = 2 * kTileBlockBytes;
 // M rows of signed bytes times the channels of V vectors: acc[m][v] += row m . codes + 8.
 // Vector v lies v * kLanes channels after `codes`, in tiles tile_stride bytes apart.
 template <class S, int M, int V, bool kUnpacked = false>
-__attribute__((always_inline)) inline void multiply_tiles(
-    const int8_t* rows, int64_t row_stride, const uint8_t* codes, int64_t tile_stride,
-    int64_t blocks, typename S::Acc (&acc)[M][V]) {
+__attribute__((always_inline)) inline void multiply_tiles(const int8_t* rows, int64_t row_stride,
+                                                          const uint8_t* codes, int64_t tile_stride,
+                                                          int64_t blocks,
+                                                          typename S::Acc (&acc)[M][V]) {
   constexpr int kVectorBytes = kTileBlockBytes * S::kLanes / kTile;
   constexpr int kPerTile = kTile / S::kLanes;
   constexpr int kBlockBytes = kUnpacked ? kUnpackedBlockBytes : kTileBlockBytes;
@@ -54,8 +55,7 @@ __attribute__((always_inline)) inline void multiply_tiles(
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const uint8_t* p = block + (v / kPerTile) * tile_stride + (v % kPerTile) * kVectorBytes;
-      high[v] = kUnpacked ? S::load_codes(p + kTileBlockBytes)
-                          : S::high_nibbles(S::load_codes(p));
+      high[v] = kUnpacked ? S::load_codes(p + kTileBlockBytes) : S::high_nibbles(S::load_codes(p));
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -95,8 +95,8 @@ __attribute__((always_inline)) inline void multiply_byte_tiles(
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[m][v] = S::start(0);
-    multiply_tiles<S, M, V>(rows + b * kBlock, row_stride, codes + b * kTileBlockBytes,
-                            tile_stride, min_of(blocks - b, S::kByteBlocks), acc);
+    multiply_tiles<S, M, V>(rows + b * kBlock, row_stride, codes + b * kTileBlockBytes, tile_stride,
+                            min_of(blocks - b, S::kByteBlocks), acc);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -116,18 +116,24 @@ __attribute__((always_inline)) inline void with_rows(int64_t rows, const Functio
 template <class S>
 inline typename S::F load_as(int32_t dtype, const void* p, int64_t i) {
   switch (static_cast<DType>(dtype)) {
-    case DType::kBFloat16: return S::load_bfloat(static_cast<const uint16_t*>(p) + i);
-    case DType::kFloat16: return S::load_half(static_cast<const uint16_t*>(p) + i);
-    default: return S::load(static_cast<const float*>(p) + i);
+    case DType::kBFloat16:
+      return S::load_bfloat(static_cast<const uint16_t*>(p) + i);
+    case DType::kFloat16:
+      return S::load_half(static_cast<const uint16_t*>(p) + i);
+    default:
+      return S::load(static_cast<const float*>(p) + i);
   }
 }
 
 template <class S>
 inline void store_as(int32_t dtype, void* p, int64_t i, typename S::F a) {
   switch (static_cast<DType>(dtype)) {
-    case DType::kBFloat16: return S::store_bfloat(static_cast<uint16_t*>(p) + i, a);
-    case DType::kFloat16: return S::store_half(static_cast<uint16_t*>(p) + i, a);
-    default: return S::store(static_cast<float*>(p) + i, a);
+    case DType::kBFloat16:
+      return S::store_bfloat(static_cast<uint16_t*>(p) + i, a);
+    case DType::kFloat16:
+      return S::store_half(static_cast<uint16_t*>(p) + i, a);
+    default:
+      return S::store(static_cast<float*>(p) + i, a);
   }
 }
 

@@ -102,7 +102,7 @@ def rotate_heads(x: Tensor, rotation: Tensor) -> Tensor:
     x: [T, H, D]; rotation: [H_kv, D, D], H_kv divides H. Returns: [T, H, D] float32.
     """
     tokens, num_heads, head_size = x.shape
-    grouped = x.float().view(tokens, rotation.shape[0], -1, head_size)
+    grouped = x.float().unflatten(1, (rotation.shape[0], -1))
     rotated = torch.einsum("thgd,hde->thge", grouped, rotation.float())
     return rotated.reshape(tokens, num_heads, head_size)
 

@@ -151,6 +151,7 @@ def kv_store(
     rotation: Tensor | None = None,
 ) -> None:
     """See reference.kv_store; the bytes within a block and head are arranged as tiles."""
+    assert (value.dtype, slot_mapping.dtype) == (key.dtype, torch.int64)
     key, value = head_rows(key), head_rows(value)
     arguments = library.KVStore(
         key.data_ptr(),
@@ -180,8 +181,9 @@ def paged_attention(
     rotation: Tensor | None = None,
 ) -> None:
     """See reference.paged_attention."""
+    assert head_rows(output) is output and output.dtype == query.dtype
+    assert {index.dtype for index in (block_table, seq_lens, query_start_loc)} == {torch.int32}
     query = head_rows(query)
-    assert head_rows(output) is output
     arguments = library.Attention(
         query.data_ptr(),
         output.data_ptr(),

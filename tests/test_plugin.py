@@ -1,5 +1,6 @@
 """The plugin without an engine: registering, choosing methods, refusing, sharding, page sizes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, Sliding
 from vllm_offq import kv_cache
 from vllm_offq.config import OffQConfig, refuse_unsupported_options
 from vllm_offq.kernels import ops, reference
+from vllm_offq.kernels.cpu import library
 from vllm_offq.kv_cache import OffQKVCacheMethod, backend_for
 from vllm_offq.linear import OffQLinearMethod
 
@@ -80,6 +82,25 @@ def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.backend()
     monkeypatch.setenv(kernels.OVERRIDE, "reference")
     assert kernels.backend() is reference
+
+
+def test_slower_kernels_are_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an install without a compiler, and with a library of another machine."""
+    monkeypatch.delenv(kernels.OVERRIDE, raising=False)
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "library.so")
+    library.load.cache_clear()
+    library.usable_isas.cache_clear()
+    for obstacle in ("not built .* install GCC 11", "cannot be loaded"):
+        kernels.backend.cache_clear()
+        assert kernels.backend().__name__ != "vllm_offq.kernels.cpu"
+        assert re.search(f"slower.*: the cpu kernels .*{obstacle}", caplog.text)
+        assert len(caplog.records) == 1
+        caplog.clear()
+        library.LIBRARY.write_bytes(b"no library")
+    kernels.backend.cache_clear()
+    library.usable_isas.cache_clear()
 
 
 def test_unquantized_model_is_refused() -> None:

@@ -33,9 +33,16 @@ SEAMS: dict[str, dict[str, set[str]]] = {
     f"{_LAYERS}.attention": {"Attention.__init__": {"attn_backend", "quant_config"}},
     "vllm.v1.attention.backend": {
         "AttentionBackend.customize_spec": {"spec"},
+        "AttentionBackend.get_supported_kernel_block_sizes": {"kv_cache_spec"},
         "AttentionImpl.forward": {"layer", "query", "kv_cache", "attn_metadata", "output"},
         "AttentionMetadataBuilder.build": {"common_prefix_len", "common_attn_metadata"},
-        "CommonAttentionMetadata": {"query_start_loc_cpu", "seq_lens", "block_table_tensor"},
+        "CommonAttentionMetadata": {
+            "block_table_tensor",
+            "num_actual_tokens",
+            "query_start_loc_cpu",
+            "seq_lens",
+        },
+        "MultipleOf": {"base"},
     },
     "vllm.v1.kv_cache_interface": {"AttentionSpec": {"dtype", "head_size", "state_content_bytes"}},
 }

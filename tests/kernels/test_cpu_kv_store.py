@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_offq.kernels import reference
 from vllm_offq.kernels.cpu import library
 
-if not library.is_usable():
+if library.why_not_usable():
     pytest.skip("the CPU kernels are not built for this machine", allow_module_level=True)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -20,7 +20,7 @@ from vllm_offq.kernels import cpu, reference
 from vllm_offq.kernels.cpu import library
 from vllm_offq.quantizer import dequantize
 
-if not library.is_usable():
+if library.why_not_usable():
     pytest.skip("the CPU kernels are not built for this machine", allow_module_level=True)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -22,21 +22,26 @@ OVERRIDE = "VLLM_OFFQ_KERNELS"
 
 
 class Backend(NamedTuple):
-    """A module of kernels, and whether this machine can run it."""
+    """A module of kernels."""
 
     module: str
-    is_usable: Callable[[], bool]
+    why_not: Callable[[], str | None]
+    """What keeps this machine from running it; None: nothing."""
+    speed: str
+    """Said in the log where a faster backend cannot be used."""
 
 
-def _cpu_is_usable() -> bool:
-    from vllm_offq.kernels.cpu.library import is_usable
+def _why_not_cpu() -> str | None:
+    from vllm_offq.kernels.cpu.library import why_not_usable
 
-    return not torch.cuda.is_available() and is_usable()
+    return "are for machines without a GPU" if torch.cuda.is_available() else why_not_usable()
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend("vllm_offq.kernels.cpu", _cpu_is_usable),
-    "reference": Backend("vllm_offq.kernels.reference", lambda: True),
+    "cpu": Backend("vllm_offq.kernels.cpu", _why_not_cpu, "the fastest"),
+    "reference": Backend(
+        "vllm_offq.kernels.reference", lambda: None, "plain PyTorch, many times slower"
+    ),
 }
 """By falling preference."""
 
@@ -45,14 +50,28 @@ BACKENDS: dict[str, Backend] = {
 def backend() -> ModuleType:
     """The kernels of this process: the first usable ones, or those that VLLM_OFFQ_KERNELS names.
 
-    Raises: UserError if it names none that this machine can run.
+    Says once in the log which, and what keeps faster ones from being used.
+    Raises: UserError if VLLM_OFFQ_KERNELS names none that this machine can run.
     """
-    available = [name for name, entry in BACKENDS.items() if entry.is_usable()]
-    name = os.environ.get(OVERRIDE) or available[0]
-    if name not in available:
+    obstacles = {name: entry.why_not() for name, entry in BACKENDS.items()}
+    usable = [name for name, obstacle in obstacles.items() if obstacle is None]
+    override = os.environ.get(OVERRIDE)
+    name = override or usable[0]
+    if name not in usable:
+        reason = f": they {obstacles[name]}" if name in obstacles else ""
         raise UserError(
-            f"{OVERRIDE}={name} is not available here; unset it or choose from "
-            + ", ".join(available)
+            f"{OVERRIDE}={name} is not available here{reason}; unset it or choose from "
+            + ", ".join(usable)
         )
-    logger.info("OffQ uses the %s kernels", name)
+    fastest = next(iter(BACKENDS))
+    if override or name == fastest:
+        logger.info("OffQ uses the %s kernels", name)
+    else:
+        logger.warning(
+            "OffQ uses the %s kernels (%s): the %s kernels %s",
+            name,
+            BACKENDS[name].speed,
+            fastest,
+            obstacles[fastest],
+        )
     return import_module(BACKENDS[name].module)

@@ -94,9 +94,18 @@ class Attention(ctypes.Structure):
     )
 
 
-def is_usable() -> bool:
-    """Whether the library was built, and has kernels for this processor."""
-    return LIBRARY.exists() and bool(usable_isas())
+def why_not_usable() -> str | None:
+    """What keeps these kernels from running here, as the rest of a sentence; None: nothing."""
+    if not LIBRARY.exists():
+        return (
+            "were not built when vllm-offq was installed; install GCC 11 or newer, then vllm-offq "
+            "again"
+        )
+    try:
+        usable = usable_isas()
+    except OSError as error:
+        return f"cannot be loaded ({error})"
+    return None if usable else "need a processor with AVX2, or with NEON dot products"
 
 
 @cache

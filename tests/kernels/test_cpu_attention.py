@@ -21,7 +21,11 @@ if library.why_not_usable():
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = 0xFF  # a NaN where it is read as a scale or an offset
-INTEGER = 127 * 256  # of the largest query or probability
+
+
+def largest_integer(dtype: torch.dtype) -> int:
+    """Of the largest query or probability: it has 3 bytes in float32, otherwise 2."""
+    return 127 << (16 if dtype == torch.float32 else 8)
 
 
 @dataclass
@@ -85,7 +89,8 @@ class Scene:
             query = reference.rotate_heads(query, self.rotation)
         deviation = torch.zeros(*query.shape[:2], 1)
         cache, block_size = as_reference(self.cache, self.group_size), self.cache.shape[2]
-        half_step, float32 = 1 / (2 * INTEGER * 3**0.5), 2 * 2.0**-24  # on both sides
+        half_step = 1 / (2 * largest_integer(self.query.dtype) * 3**0.5)
+        float32 = 2 * 2.0**-24  # on both sides
         for index, length in enumerate(self.batch.seq_lens.tolist()):
             rows = self.batch.rows(index)
             blocks = self.batch.block_table[index, : -(-length // block_size)]
@@ -212,7 +217,8 @@ def test_extreme_codes(kernels: ModuleType, most: float, sign: int) -> None:
     x = torch.full((300, 2, 256), most)
     x[..., 0] = 1 - most
     cpu.kv_store(x, x, scene.cache, scene.batch.slots(128), 256)
-    scene.query.fill_(sign * (INTEGER - 128) / INTEGER)
+    largest = largest_integer(scene.query.dtype)
+    scene.query.fill_(sign * (largest - (128 << 8) - 128) / largest)
     scene.query[..., 0] = sign
     scene.check()
 

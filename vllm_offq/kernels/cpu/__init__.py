@@ -2,7 +2,7 @@
 
 Weights are kept once, as tiles of 16 output channels (src/kernels.h); so are the bytes of a KV
 page, whose arrangement is private to one block and head. Attention rounds queries and
-probabilities to 16-bit integers; everything else is the reference's arithmetic.
+probabilities to integers of 16 bits (of 24 in float32); all else is the reference's arithmetic.
 """
 
 import ctypes

@@ -42,8 +42,8 @@ struct Cut {
   int64_t rows() const { return min_of(tokens, tile_tokens) * heads_per_kv; }
 };
 
-template <class S>
-int paged_attention(const Attention& a) {
+template <class S, int B>
+int paged_attention_in_bytes(const Attention& a) {
   const PageLayout& page = a.page;
   const int64_t heads_per_kv = a.num_heads / page.num_kv_heads, head_size = page.head_size;
   const int threads = omp_get_max_threads();
@@ -64,7 +64,7 @@ int paged_attention(const Attention& a) {
     partial_state = arena.take<float>(2 * partial_rows);  // maximum, total
     scratch = arena.take<AttentionScratch>(threads);
     for (int i = 0; i < threads; ++i) {
-      const AttentionScratch one = AttentionScratch::take(&arena, most_rows, page);
+      const AttentionScratch one = AttentionScratch::take(&arena, most_rows, B, page);
       if (base) scratch[i] = one;
     }
     if (base) break;
@@ -103,7 +103,7 @@ int paged_attention(const Attention& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) {
       const AttentionPiece& piece = pieces[i];
-      const AttentionKernel<S> kernel{a, piece, s};
+      const AttentionKernel<S, B> kernel{a, piece, s};
       kernel.run();
       kernel.add_offsets();
       for (int64_t r = 0; r < kernel.rows; ++r) {
@@ -135,7 +135,7 @@ int paged_attention(const Attention& a) {
         __builtin_memset(s.output, 0, head_size * sizeof(float));
         for (int64_t k = 0; k < splits; ++k) {
           const int64_t at = piece.partial + k * rows + r;
-          const float weight = AttentionKernel<S>::exp2_of(partial_state[2 * at] - maximum);
+          const float weight = AttentionKernel<S, B>::exp2_of(partial_state[2 * at] - maximum);
           total += partial_state[2 * at + 1] * weight;
           const float* x = partial_output + at * head_size;
           for (int64_t d = 0; d < head_size; d += S::kLanes) {
@@ -148,6 +148,12 @@ int paged_attention(const Attention& a) {
     }
   }
   return 0;
+}
+
+template <class S>
+int paged_attention(const Attention& a) {
+  return static_cast<DType>(a.dtype) == DType::kFloat32 ? paged_attention_in_bytes<S, 3>(a)
+                                                        : paged_attention_in_bytes<S, 2>(a);
 }
 
 }  // namespace

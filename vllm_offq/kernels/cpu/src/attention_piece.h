@@ -1,9 +1,10 @@
 // One piece of attention: a few query tokens, the heads of one KV head, a part of the context.
 //
-// Queries and probabilities become 16-bit integers, each as two rows of signed bytes (high and
-// low), so that the products with 4-bit codes are exact integers from multiply_byte_tiles, and the
-// error is that of a 16-bit grid. A key's offset enters as offset * sum(query), a value's as
-// sum(probability * offset). Softmax is online, over chunks of a page.
+// Queries and probabilities become integers of B bytes, each of them B rows of signed bytes, so
+// that the products with 4-bit codes are exact integers from multiply_byte_tiles: 2 bytes where the
+// model calculates in 16 bits, 3 in float32, which has 24 bits itself. A key's offset enters as
+// offset * sum(query), a value's as sum(probability * offset). Softmax is online, over chunks of a
+// page.
 #pragma once
 
 #include "kv_store.h"
@@ -12,7 +13,6 @@ namespace offq {
 namespace {
 
 constexpr int64_t kChunkTokens = 128;
-constexpr float kInteger = 32512.0f;  // 127 * 256
 
 // One piece of work: some query tokens, the heads of one KV head, a part of the context.
 struct AttentionPiece {
@@ -23,14 +23,14 @@ struct AttentionPiece {
 // What a thread needs for one piece. R rows: query tokens times heads per KV head.
 struct AttentionScratch {
   float *row, *rotated;
-  int8_t* query;               // [2 R, head_size], high and low bytes
-  int32_t* query_start;        // [groups, 2 R]: -8 times the sum over a group
+  int8_t* query;               // [B R, head_size]
+  int32_t* query_start;        // [groups, B R]: -8 times the sum over a group
   float* query_sum;            // [groups, R]
   float* query_scale;          // [R]
   float* score;                // [R, kChunkTokens], then the probabilities
   float* weight;               // [R, kChunkTokens]: probability times value scale
-  int8_t* probability;         // [2 R, kChunkTokens], high and low bytes
-  int32_t* probability_start;  // [2 R]
+  int8_t* probability;         // [B R, kChunkTokens]
+  int32_t* probability_start;  // [B R]
   float* probability_scale;    // [R]
   float* rescale;              // [R]
   float* maximum;              // [R]
@@ -38,18 +38,18 @@ struct AttentionScratch {
   float* offset;               // [R, groups]: sum(probability * value offset)
   float* output;               // [R, head_size]
 
-  static AttentionScratch take(Arena* arena, int64_t rows, const PageLayout& page) {
+  static AttentionScratch take(Arena* arena, int64_t rows, int64_t bytes, const PageLayout& page) {
     AttentionScratch s{};
     s.row = arena->take<float>(page.head_size);
     s.rotated = arena->take<float>(page.head_size);
-    s.query = arena->take<int8_t>(2 * rows * page.head_size);
-    s.query_start = arena->take<int32_t>(2 * rows * page.groups());
+    s.query = arena->take<int8_t>(bytes * rows * page.head_size);
+    s.query_start = arena->take<int32_t>(bytes * rows * page.groups());
     s.query_sum = arena->take<float>(rows * page.groups());
     s.query_scale = arena->take<float>(rows);
     s.score = arena->take<float>(rows * kChunkTokens);
     s.weight = arena->take<float>(rows * kChunkTokens);
-    s.probability = arena->take<int8_t>(2 * rows * kChunkTokens);
-    s.probability_start = arena->take<int32_t>(2 * rows);
+    s.probability = arena->take<int8_t>(bytes * rows * kChunkTokens);
+    s.probability_start = arena->take<int32_t>(bytes * rows);
     s.probability_scale = arena->take<float>(rows);
     s.rescale = arena->take<float>(rows);
     s.maximum = arena->take<float>(rows);
@@ -60,7 +60,7 @@ struct AttentionScratch {
   }
 };
 
-template <class S>
+template <class S, int B>
 struct AttentionKernel {
   using F = typename S::F;
   using I = typename S::I;
@@ -89,13 +89,13 @@ struct AttentionKernel {
       min_max<S>(q, head_size, &low, &high);
       const float size = high != high || high > -low ? high : -low;
       const float log2e = 1.44269504088896341f;
-      s.query_scale[r] = size / kInteger * a.scale * log2e;
-      const float inverse = size == 0.0f ? 0.0f : kInteger / size;
+      s.query_scale[r] = size / kLargestInteger<B> * a.scale * log2e;
+      const float inverse = size == 0.0f ? 0.0f : kLargestInteger<B> / size;
       for (int64_t g = 0; g < groups; ++g) {
         const float* x = q + g * group_size;
-        int8_t* bytes = s.query + 2 * r * head_size + g * group_size;
-        split_bytes<S>(x, group_size, inverse, bytes, bytes + head_size,
-                       s.query_start + g * 2 * rows + 2 * r);
+        int8_t* bytes = s.query + B * r * head_size + g * group_size;
+        split_bytes<S, B>(x, group_size, inverse, bytes, head_size,
+                          s.query_start + g * B * rows + B * r);
         F sum = S::zero();
         for (int64_t i = 0; i < group_size; i += S::kLanes) sum = S::add(sum, S::load(x + i));
         s.query_sum[g * rows + r] = S::reduce_add(sum) * a.scale * log2e;
@@ -107,15 +107,15 @@ struct AttentionKernel {
     __builtin_memset(s.output, 0, rows * head_size * sizeof(float));
   }
 
-  // Scores of P rows (2 P rows of bytes) from row r on and V vectors of tokens from t on.
+  // Scores of P rows (B P rows of bytes) from row r on and V vectors of tokens from t on.
   template <int P, int V>
   void score_tile(const uint8_t* keys, const uint16_t* parameters, int64_t r, int64_t t) const {
     const int64_t tile_bytes = head_size * kTile / 2;
     for (int64_t g = 0; g < groups; ++g) {
-      I sum[2 * P][V];
-      multiply_byte_tiles<S, 2 * P, V>(
-          s.query + 2 * r * head_size + g * group_size, head_size,
-          s.query_start + g * 2 * rows + 2 * r,
+      I sum[B * P][V];
+      multiply_byte_tiles<S, B * P, V>(
+          s.query + B * r * head_size + g * group_size, head_size,
+          s.query_start + g * B * rows + B * r,
           keys + t / kTile * tile_bytes + g * group_size / kBlock * kTileBlockBytes, tile_bytes,
           group_size / kBlock, sum);
       for (int v = 0; v < V; ++v) {
@@ -123,8 +123,7 @@ struct AttentionKernel {
         const F scale = S::load_half(p), offset = S::load_half(p + groups * a.page.block_size);
         for (int m = 0; m < P; ++m) {
           float* out = s.score + (r + m) * kChunkTokens + t + v * S::kLanes;
-          const F product =
-              S::fma(S::to_float(sum[2 * m][v]), S::set(256.0f), S::to_float(sum[2 * m + 1][v]));
+          const F product = join_bytes<S, B>(sum, m, v);
           F score = S::mul(product, S::mul(scale, S::set(s.query_scale[r + m])));
           score = S::fma(offset, S::set(s.query_sum[g * rows + r + m]), score);
           if (g) score = S::add(score, S::load(out));
@@ -193,10 +192,10 @@ struct AttentionKernel {
       float* sum = s.offset + r * groups + group;
       *sum = *sum * s.rescale[r] + S::reduce_add(offset);
       const float size = S::reduce_max(most);
-      s.probability_scale[r] = size / kInteger;
-      int8_t* bytes = s.probability + 2 * r * kChunkTokens;
-      split_bytes<S>(w, padded, size == 0.0f ? 0.0f : kInteger / size, bytes, bytes + kChunkTokens,
-                     s.probability_start + 2 * r);
+      s.probability_scale[r] = size / kLargestInteger<B>;
+      int8_t* bytes = s.probability + B * r * kChunkTokens;
+      split_bytes<S, B>(w, padded, size == 0.0f ? 0.0f : kLargestInteger<B> / size, bytes,
+                        kChunkTokens, s.probability_start + B * r);
     }
   }
 
@@ -204,16 +203,15 @@ struct AttentionKernel {
   template <int P, int V>
   void value_tile(const uint8_t* values, int64_t r, int64_t channel, int64_t padded) const {
     const int64_t tile_bytes = a.page.block_size * kTile / 2;
-    I sum[2 * P][V];
-    multiply_byte_tiles<S, 2 * P, V>(
-        s.probability + 2 * r * kChunkTokens, kChunkTokens, s.probability_start + 2 * r,
+    I sum[B * P][V];
+    multiply_byte_tiles<S, B * P, V>(
+        s.probability + B * r * kChunkTokens, kChunkTokens, s.probability_start + B * r,
         values + channel / kTile * tile_bytes, tile_bytes, padded / kBlock, sum);
     for (int m = 0; m < P; ++m) {
       const F scale = S::set(s.probability_scale[r + m]), rescale = S::set(s.rescale[r + m]);
       for (int v = 0; v < V; ++v) {
         float* out = s.output + (r + m) * head_size + channel + v * S::kLanes;
-        const F product =
-            S::fma(S::to_float(sum[2 * m][v]), S::set(256.0f), S::to_float(sum[2 * m + 1][v]));
+        const F product = join_bytes<S, B>(sum, m, v);
         S::store(out, S::fma(S::load(out), rescale, S::mul(product, scale)));
       }
     }
@@ -226,7 +224,7 @@ struct AttentionKernel {
     int64_t r, padded;
     template <int P>
     void run() const {
-      constexpr int kVectors = S::vectors(2 * P), kStep = kVectors * S::kLanes;
+      constexpr int kVectors = S::vectors(B * P), kStep = kVectors * S::kLanes;
       constexpr int kPerTile = kTile / S::kLanes;
       int64_t t = 0;
       for (; t + kStep <= padded; t += kStep) {
@@ -243,7 +241,7 @@ struct AttentionKernel {
     int64_t r, first, last, padded;
     template <int P>
     void run() const {
-      constexpr int kVectors = S::vectors(2 * P), kStep = kVectors * S::kLanes;
+      constexpr int kVectors = S::vectors(B * P), kStep = kVectors * S::kLanes;
       constexpr int kPerTile = kTile / S::kLanes;
       int64_t c = first;
       for (; c + kStep <= last; c += kStep) {
@@ -256,8 +254,8 @@ struct AttentionKernel {
   void run() const {
     load_queries();
     const PageLayout& page = a.page;
-    constexpr int64_t kPairs = S::kRows / 2;
-    const int64_t tiles = ceil_div(rows, kPairs);
+    constexpr int64_t kPieceRows = S::kRows / B;
+    const int64_t tiles = ceil_div(rows, kPieceRows);
     const int32_t* blocks = a.block_table + piece.request * a.block_table_stride;
     int64_t start = piece.context_start / kTile * kTile;
     while (start < piece.context_end) {
@@ -274,7 +272,7 @@ struct AttentionKernel {
       const int64_t kind = groups * page.block_size;
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t r = rows * i / tiles, end = rows * (i + 1) / tiles;
-        with_rows<kPairs>(end - r, ScoreRows{*this, keys, parameters, r, padded});
+        with_rows<kPieceRows>(end - r, ScoreRows{*this, keys, parameters, r, padded});
       }
       softmax(start, padded);
       for (int64_t g = 0; g < groups; ++g) {
@@ -282,7 +280,7 @@ struct AttentionKernel {
         weigh(scales, scales + kind, g, padded);
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t r = rows * i / tiles, end = rows * (i + 1) / tiles;
-          with_rows<kPairs>(
+          with_rows<kPieceRows>(
               end - r, ValueRows{*this, values, r, g * group_size, (g + 1) * group_size, padded});
         }
       }

@@ -87,22 +87,40 @@ inline typename S::F exp2(typename S::F x) {
   return S::scale_by_power(p, whole);
 }
 
-// x * inverse to 16-bit integers, as high and low bytes; their sums times -8 go to start[0..1].
-template <class S>
-inline void split_bytes(const float* x, int64_t n, float inverse, int8_t* high, int8_t* low,
+// The largest integer of B bytes, each of them signed: 127 * 256^(B - 1).
+template <int B>
+constexpr float kLargestInteger = 127 << 8 * (B - 1);
+
+// x * inverse to integers of B bytes, the highest first, rows of bytes `stride` apart; the sum of
+// byte b times -8 goes to start[b].
+template <class S, int B>
+inline void split_bytes(const float* x, int64_t n, float inverse, int8_t* bytes, int64_t stride,
                         int32_t* start) {
-  typename S::I high_sum = S::int_zero(), low_sum = S::int_zero();
+  typename S::I sums[B];
+  for (int b = 0; b < B; ++b) sums[b] = S::int_zero();
   for (int64_t i = 0; i < n; i += S::kLanes) {
-    const typename S::I whole = S::to_int(S::zero_nan(S::mul(S::load(x + i), S::set(inverse))));
-    const typename S::I h = S::template shift_right<8>(S::add(whole, S::int_set(128)));
-    const typename S::I l = S::sub(whole, S::template shift_left<8>(h));
-    high_sum = S::add(high_sum, h);
-    low_sum = S::add(low_sum, l);
-    S::store_int8(high + i, h);
-    S::store_int8(low + i, l);
+    typename S::I rest = S::to_int(S::zero_nan(S::mul(S::load(x + i), S::set(inverse))));
+    for (int b = B - 1; b >= 0; --b) {
+      typename S::I byte = rest;
+      if (b) {
+        rest = S::template shift_right<8>(S::add(rest, S::int_set(128)));
+        byte = S::sub(byte, S::template shift_left<8>(rest));
+      }
+      sums[b] = S::add(sums[b], byte);
+      S::store_int8(bytes + b * stride + i, byte);
+    }
   }
-  start[0] = -8 * S::reduce_add(high_sum);
-  start[1] = -8 * S::reduce_add(low_sum);
+  for (int b = 0; b < B; ++b) start[b] = -8 * S::reduce_add(sums[b]);
+}
+
+// The integers again, from the sums of their bytes.
+template <class S, int B, int M, int V>
+inline typename S::F join_bytes(const typename S::I (&sum)[M][V], int row, int v) {
+  typename S::F total = S::to_float(sum[B * row][v]);
+  for (int b = 1; b < B; ++b) {
+    total = S::fma(total, S::set(256.0f), S::to_float(sum[B * row + b][v]));
+  }
+  return total;
 }
 
 template <class S>

@@ -104,7 +104,9 @@ def benchmark_linear(rounds: int) -> None:
         f"linear: one thread reads {bandwidth / 1e9:.1f} GB/s of as many bytes; "
         f"the inner loop alone reaches {peak / 1e9:.0f} G multiply-adds/s"
     )
-    table = Table("layer", "tokens", "offq us", "best other", "its us", "speed-up", "share of limit")
+    table = Table(
+        "layer", "tokens", "offq us", "best other", "its us", "speed-up", "share of limit"
+    )
     for layer, (out_features, in_features, group_size) in LAYERS.items():
         copies = max(1, COPIES_BYTES // (2 * out_features * in_features))
         for tokens in TOKENS:

@@ -1,8 +1,8 @@
 """Set vLLM with OffQ beside llama.cpp: one stream, the same model, the same cores.
 
-llama.cpp runs inside a Python process, without a server, on q4_0 weights; its KV cache is q4_0, as
-small as OffQ's, and then f16, its fastest. vLLM is asked over HTTP, as people use it, so its
-numbers bear the server's share.
+llama.cpp runs inside a Python process, without a server, on q4_0 weights; its KV cache is first
+q4_0, about as small as OffQ's, then f16, with which it is faster. vLLM is asked over HTTP, as
+people use it, so its numbers bear the server's share.
 """
 
 import json
@@ -99,7 +99,7 @@ def main(
     ),
     dtypes: Annotated[str, typer.Option(help="In which vLLM serves.")] = "float32,bfloat16",
     input_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    output_len: Annotated[int, typer.Option(help="Tokens of the reply.")] = 128,
+    output_len: Annotated[int, typer.Option(help="Tokens of the reply.", min=2)] = 128,
     rounds: Annotated[int, typer.Option(help="Starts of each engine.")] = 3,
     cores: Annotated[
         str, typer.Option(help="VLLM_CPU_OMP_THREADS_BIND; llama.cpp gets the same cores.")

@@ -106,7 +106,7 @@ def measure(
     with serve(configuration.model, log, *options, environment=environment) as server:
         speeds = {streams: load(server, workload, streams) for streams in concurrency}
         said = log.read_text(errors="replace")
-        kernels = re.search(r"OffQ uses the (\S+) kernels", said)
+        kernels = re.search(r"OffQ uses the (.+) kernels", said)
         cores = re.search(r"core ids=\[([\d, ]*)\]", said)
         weights = configuration.model.glob("*.safetensors")
         return Run(
@@ -221,7 +221,7 @@ def main(
     ] = None,
     dtypes: Annotated[str, typer.Option(help="In which both are served.")] = "float32,bfloat16",
     input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
-    output_len: Annotated[int, typer.Option(help="Tokens of a reply.")] = 128,
+    output_len: Annotated[int, typer.Option(help="Tokens of a reply.", min=2)] = 128,
     concurrency: Annotated[str, typer.Option(help="Numbers of concurrent streams.")] = "1,8",
     requests: Annotated[int, typer.Option(help="Of each stream, one after the other.")] = 3,
     rounds: Annotated[int, typer.Option(help="Server starts of each configuration.")] = 3,

@@ -1,5 +1,6 @@
 """The plugin without an engine: registering, choosing methods, refusing, sharding, page sizes."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -90,6 +91,10 @@ def test_slower_kernels_are_announced(
     """As after an install without a compiler, and with a library of another machine."""
     monkeypatch.delenv(kernels.OVERRIDE, raising=False)
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "library.so")
+    # Of its own, whatever another test has made of the loggers above it.
+    log = logging.Logger("test", logging.INFO)
+    log.addHandler(caplog.handler)
+    monkeypatch.setattr(kernels, "logger", log)
     library.load.cache_clear()
     library.usable_isas.cache_clear()
     for obstacle in ("not built .* install GCC 11", "cannot be loaded"):

@@ -21,7 +21,7 @@ def test_figures(
     original: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(CORPUS * 2)
+    text.write_text(CORPUS * 10)
     figures = tmp_path / "figures.json"
     arguments = f"eval {checkpoint} --against {original} --text {text} --json {figures}"
     arguments += f" --sequence-length {LENGTH} --top-logprobs 512 --dtype float32"
@@ -51,5 +51,7 @@ def test_figures(
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     assert model["kl_divergence"]["value"] == pytest.approx(kl, rel=5e-2)
     agreement = float((p.argmax(-1) == q.argmax(-1)).float().mean())
-    assert model["top1_agreement"]["value"] == pytest.approx(agreement, abs=0.02)
+    # If one likeliest token in twenty differs, either way: four standard errors over the tokens.
+    error = 4 * (0.05 / windows.numel()) ** 0.5
+    assert model["top1_agreement"]["value"] == pytest.approx(agreement, abs=error)
     assert model["unseen_mass"] == 0

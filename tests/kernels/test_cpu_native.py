@@ -24,11 +24,13 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="install g++
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    # vLLM, once imported, preloads libraries into all later processes; sanitizers refuse that.
+    inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(
         command,
         check=False,
         cwd=cwd,
-        env=os.environ | environment,
+        env=inherited | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

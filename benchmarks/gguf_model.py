@@ -1,5 +1,6 @@
 """Write a Hugging Face Llama as a GGUF file without a tokenizer: enough to measure speed with."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ def write_gguf(model: Path, path: Path) -> None:
     """In 16 bit. RoPE scaling is left out: it changes what is said, not how fast."""
     config = AutoConfig.from_pretrained(model)
     if config.model_type != "llama":
-        raise ValueError(f"{model} is a {config.model_type}; only llama can be written as GGUF")
+        sys.exit(f"{model} is a {config.model_type}; only a llama can be compared with llama.cpp")
     writer = GGUFWriter(path, "llama")
     add_metadata(writer, config)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)

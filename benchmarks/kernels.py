@@ -10,6 +10,7 @@ nearest caches either. Figures are medians over interleaved rounds.
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -235,6 +236,12 @@ def main(
     """Measure the CPU kernels against the strongest unquantized ones."""
     from vllm.platforms import current_platform
 
+    unknown = set(names or ()) - BENCHMARKS.keys()
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(BENCHMARKS)}")
+    obstacle = library.why_not_usable()
+    if obstacle:
+        sys.exit(f"Nothing to measure: the CPU kernels {obstacle}.")
     current_platform.import_kernels()
     torch.set_num_threads(threads)
     torch.manual_seed(0)

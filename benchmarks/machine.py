@@ -1,8 +1,11 @@
 """What the machine is, and the limits that no kernel on it can pass."""
 
 import ctypes
+import os
+import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,14 +34,16 @@ def describe_machine() -> str:
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     flags = fields.get("flags", fields.get("Features", "")).split()
     model = fields.get("model name", "unknown processor")
-    return f"{model}, {torch.get_num_threads()} cores, " + " ".join(
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, " + " ".join(
         flag for flag in ISA_FLAGS if flag in flags
     )
 
 
 @cache
 def compile_limits(isa: str) -> ctypes.CDLL:
-    """peak.cpp for an instruction set. Raises: CalledProcessError without g++."""
+    """peak.cpp for an instruction set."""
+    if not shutil.which("g++"):
+        sys.exit("The machine's limits are measured in C++: install g++ 11 or newer.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "peak.so"
         options = ["-std=c++17", "-O3", "-fPIC", "-shared", "-w", f"-I{KERNELS}", *FLAGS[isa]]

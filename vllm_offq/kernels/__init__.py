@@ -1,7 +1,7 @@
 """Arithmetic of OffQ. Knows tensors, not vLLM.
 
-Every backend is a module with the functions of `reference`: prepare_weight, linear,
-rotate_heads, kv_store, paged_attention. Callers take them from backend().
+Every backend is a module with these names of `reference`: KV_MULTIPLE, prepare_weight, linear,
+kv_store, paged_attention. Callers take them from backend().
 """
 
 import logging

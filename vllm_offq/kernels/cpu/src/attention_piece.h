@@ -72,7 +72,7 @@ struct AttentionKernel {
   int64_t rows = piece.tokens * heads_per_kv;
   int64_t head_size = a.page.head_size, groups = a.page.groups(), group_size = a.page.group_size;
 
-  // Rotated queries as 16-bit integers; scores come out in units of log 2.
+  // Rotated queries as integers of B bytes; scores come out in units of log 2.
   void load_queries() const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = piece.first_token + r / heads_per_kv;
@@ -175,7 +175,7 @@ struct AttentionKernel {
     return out[0];
   }
 
-  // Probabilities times value scales of one group as 16-bit integers.
+  // Probabilities times value scales of one group as integers of B bytes.
   void weigh(const uint16_t* scales, const uint16_t* offsets, int64_t group, int64_t padded) const {
     for (int64_t r = 0; r < rows; ++r) {
       const float* x = s.score + r * kChunkTokens;

@@ -11,9 +11,9 @@ namespace {
 // Activation codes of one block of tokens, by segment: a register tile reads rows that are
 // neighbours in memory.
 struct Codes {
-  int8_t* codes;  // [segments, tokens, padded]
-  float* scale;   // [segments, tokens]
-  float* offset;  // [segments, tokens]
+  int8_t* codes;   // [segments, tokens, padded]
+  float* scale;    // [segments, tokens]
+  float* offset;   // [segments, tokens]
   int32_t* start;  // [segments, tokens]: -8 times the sum of codes, for weights stored as code + 8
   int64_t tokens;
   int64_t padded;  // segment_size, rounded up to whole blocks

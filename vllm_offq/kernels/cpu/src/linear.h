@@ -43,7 +43,8 @@ void quantize_row(const Linear& a, int64_t token, float* row, const Codes& out, 
 
 constexpr int64_t kTokens = 128;   // of a block: its codes stay in the second-level cache
 constexpr int64_t kChannels = 64;  // of a piece of the output
-constexpr int64_t kChunk = 256;    // input channels whose unpacked codes stay in the first level
+constexpr int kMemoryBoundRows = 4;
+constexpr int64_t kChunk = 256;  // input channels whose unpacked codes stay in the first level
 
 // A piece of the output: tokens of the block that starts at `start`, up to kChannels channels, and
 // of its sum the segments [first, last). The sums rest in `partial`, [tokens, kChannels].
@@ -90,6 +91,8 @@ void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0
   const int64_t channel = piece.channel + n0;
   const uint8_t* codes = piece.codes + n0 / kTile * piece.tile_stride;
   float* partial = piece.partial + m0 * kChannels + n0;
+  // Few rows wait for memory, and the processor's own prefetcher stumbles at the end of each tile.
+  const int64_t ahead = M <= kMemoryBoundRows ? kChannels / kTile * piece.tile_stride : 0;
   for (int64_t s = piece.first; s < piece.last; ++s, codes += piece.segment_stride) {
     const int64_t row = s * x.tokens + m0, place = (channel / kTile * segments + s) * kTile;
     typename S::Acc acc[M][V];
@@ -98,7 +101,7 @@ void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[m][v] = S::start(x.start[row + m]);
     multiply_tiles<S, M, V, kUnpacked>(x.codes + row * x.padded, x.padded, codes, piece.tile_stride,
-                                       blocks, acc);
+                                       blocks, acc, ahead);
     if (a.scale_per_group) {
       add_segment<S, M, V, true>(a, x, acc, row, place, segments * kTile, s == 0, partial);
     } else {

@@ -28,12 +28,14 @@ struct Arena {
 constexpr int kUnpackedBlockBytes = 2 * kTileBlockBytes;
 
 // M rows of signed bytes times the channels of V vectors: acc[m][v] += row m . codes + 8.
-// Vector v lies v * kLanes channels after `codes`, in tiles tile_stride bytes apart.
+// Vector v lies v * kLanes channels after `codes`, in tiles tile_stride bytes apart. The codes
+// `ahead` bytes further on, if not 0, are fetched from memory in the meantime.
 template <class S, int M, int V, bool kUnpacked = false>
 __attribute__((always_inline)) inline void multiply_tiles(const int8_t* rows, int64_t row_stride,
                                                           const uint8_t* codes, int64_t tile_stride,
                                                           int64_t blocks,
-                                                          typename S::Acc (&acc)[M][V]) {
+                                                          typename S::Acc (&acc)[M][V],
+                                                          int64_t ahead = 0) {
   constexpr int kVectorBytes = kTileBlockBytes * S::kLanes / kTile;
   constexpr int kPerTile = kTile / S::kLanes;
   constexpr int kBlockBytes = kUnpacked ? kUnpackedBlockBytes : kTileBlockBytes;
@@ -41,6 +43,12 @@ __attribute__((always_inline)) inline void multiply_tiles(const int8_t* rows, in
     const uint8_t* block = codes + b * kBlockBytes;
     const int8_t* x = rows + b * kBlock;
     typename S::U8 low[V], high[V];
+    if (ahead) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v += kPerTile) {
+        __builtin_prefetch(block + v / kPerTile * tile_stride + ahead);
+      }
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const uint8_t* p = block + (v / kPerTile) * tile_stride + (v % kPerTile) * kVectorBytes;

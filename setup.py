@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from shutil import which
 
@@ -107,7 +108,9 @@ class BuildKernels(build_ext):
             run(*compiler, *FLAGS, *extra, *shlex.split(flags), "-c", source, "-o", target)
             return target
 
-        files = {**INSTRUCTION_SETS[architecture], "api": ""}
+        text = b"".join(file.read_bytes() for file in sorted(SOURCES.iterdir()))
+        names_sources = f"-DOFFQ_SOURCES={sha256(text).hexdigest()}"
+        files = {**INSTRUCTION_SETS[architecture], "api": names_sources}
         with ThreadPoolExecutor(JOBS) as pool:
             compiled = list(pool.map(compile_one, files, files.values()))
         run(*compiler, "-shared", "-fopenmp", *extra, *compiled, "-o", library)

@@ -143,6 +143,21 @@ def test_a_compiler_that_fails(project: Path, compiler: str, why: str) -> None:
     assert not (project / LIBRARY).exists()
 
 
+needs_library = pytest.mark.skipif(bool(library.why_not_usable()), reason="nothing was built")
+
+
+@needs_library
+def test_a_library_of_other_sources_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    library.is_outdated.cache_clear()
+    assert library.why_not_usable() == (
+        "were built from other sources than these; install vllm-offq again"
+    )
+    library.is_outdated.cache_clear()
+
+
 CALL_BOTH = """
 import torch
 from vllm_offq.kernels import cpu
@@ -155,7 +170,7 @@ print(open("/proc/self/maps").read())
 """
 
 
-@pytest.mark.skipif(bool(library.why_not_usable()), reason="the CPU kernels are not built")
+@needs_library
 def test_the_library_shares_the_openmp_runtime_of_torch() -> None:
     maps = run(sys.executable, "-c", CALL_BOTH)
     assert str(library.LIBRARY) in maps

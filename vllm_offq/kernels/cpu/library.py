@@ -4,6 +4,7 @@ import ctypes
 import os
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from vllm_offq.errors import UserError
 
 LIBRARY = Path(__file__).with_name("libvllm_offq_cpu.so")
+SOURCES = Path(__file__).with_name("src")
+"""In a checkout; an installed wheel has none."""
 ISA_OVERRIDE = "VLLM_OFFQ_CPU_ISA"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -102,6 +105,8 @@ def why_not_usable() -> str | None:
             "again"
         )
     try:
+        if is_outdated():
+            return "were built from other sources than these; install vllm-offq again"
         usable = usable_isas()
     except OSError as error:
         return f"cannot be loaded ({error})"
@@ -117,6 +122,20 @@ def load() -> ctypes.CDLL:
         getattr(library, function).argtypes = (ctypes.c_int, c_void_p)
         getattr(library, function).restype = ctypes.c_int
     return library
+
+
+@cache
+def is_outdated() -> bool:
+    """Whether the library was built before its sources changed: its structures may be others."""
+    if not SOURCES.exists():
+        return False
+    text = b"".join(file.read_bytes() for file in sorted(SOURCES.iterdir()))
+    try:
+        built_from = load().offq_sources
+    except AttributeError:  # before it said so
+        return True
+    built_from.restype = ctypes.c_char_p
+    return built_from().decode() != sha256(text).hexdigest()
 
 
 @cache

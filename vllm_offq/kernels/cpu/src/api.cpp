@@ -76,6 +76,12 @@ const Kernels& kernels(int isa) {
 // Every call returns 0, or 1 if there was no memory for its intermediate results.
 extern "C" {
 
+// SHA-256 of the sources that this was built from, which library.py compares with those it sees.
+__attribute__((visibility("default"))) const char* offq_sources() {
+#define OFFQ_STRING(x) #x
+#define OFFQ_STRING_OF(x) OFFQ_STRING(x)
+  return OFFQ_STRING_OF(OFFQ_SOURCES);
+}
 __attribute__((visibility("default"))) int offq_isa_count() {
   int count;
   entries(&count);

@@ -1,4 +1,4 @@
-"""The CPU kernels, once for each instruction set that this processor has."""
+"""The CPU kernels: those in C++ for each instruction set of this processor, and numba's."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -11,8 +11,13 @@ from vllm_offq.kernels.cpu import library
 ISAS = [] if library.why_not_usable() else list(library.usable_isas())
 
 
-@pytest.fixture(scope="module", params=ISAS)
+@pytest.fixture(scope="module", params=[*ISAS, "numba"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    if request.param == "numba":
+        from vllm_offq.kernels import numba  # not before it is wanted: it compiles then
+
+        yield numba
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(library.ISA_OVERRIDE, request.param)
         library.isa.cache_clear()

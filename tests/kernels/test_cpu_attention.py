@@ -1,4 +1,5 @@
-"""The CPU's attention over 4-bit pages against the reference, for every instruction set."""
+"""The CPU's attention over 4-bit pages against the reference: C++ for every instruction set,
+and numba."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,7 @@ from paged import Batch, as_reference, attend, empty_cache
 from parallel import at_once, openmp_threads
 from torch import Tensor
 
-from vllm_offq.kernels import cpu, reference
-from vllm_offq.kernels.cpu import library
-
-if library.why_not_usable():
-    pytest.skip("the CPU kernels are not built for this machine", allow_module_level=True)
+from vllm_offq.kernels import reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = 0xFF  # a NaN where it is read as a scale or an offset
@@ -42,6 +39,7 @@ class Scene:
     @classmethod
     def random(
         cls,
+        kernels: ModuleType,
         seq_lens: list[int],
         new: list[int],
         heads: int = 4,
@@ -59,7 +57,7 @@ class Scene:
         if rotated:
             rotation = torch.linalg.qr(torch.randn(kv_heads, head_size, head_size))[0].contiguous()
         key, value = torch.randn(2, sum(seq_lens), kv_heads, head_size).add(0.3).to(dtype).unbind(0)
-        cpu.kv_store(key, value, cache, batch.slots(block_size), group_size, rotation)
+        kernels.kv_store(key, value, cache, batch.slots(block_size), group_size, rotation)
         query = torch.randn(sum(new), heads, head_size).to(dtype)
         return cls(batch, cache, query, group_size, sliding_window, rotation)
 
@@ -114,8 +112,8 @@ class Scene:
             deviation[rows] = (score * most + average * length**0.5).T[..., None]
         return deviation
 
-    def check(self) -> None:
-        actual, expected = self.run(cpu), self.run(reference)
+    def check(self, kernels: ModuleType) -> None:
+        actual, expected = self.run(kernels), self.run(reference)
         assert actual.isfinite().all()
         rounding = torch.finfo(actual.dtype).eps * expected.abs().float()
         error = ((actual.float() - expected.float()).abs() - rounding).clamp_min(0)
@@ -160,6 +158,7 @@ def test_any_batch(
     seq_lens = [length for length, _ in requests]
     new = [min(length, count) for length, count in requests]
     scene = Scene.random(
+        kernels,
         seq_lens,
         new,
         kv_heads * ratio,
@@ -171,7 +170,7 @@ def test_any_batch(
         rotated,
     )
     scene.query *= magnitude
-    scene.check()
+    scene.check(kernels)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 100, 1500])
@@ -180,12 +179,13 @@ def test_long_contexts(kernels: ModuleType, block_size: int, sliding_window: int
     """Which are split between threads if there are few new tokens."""
     torch.manual_seed(0)
     scene = Scene.random(
+        kernels,
         [1024, 1025, 2500, 1100, 40],
         [1, 1, 5, 30, 40],
         block_size=block_size,
         sliding_window=sliding_window,
     )
-    scene.check()
+    scene.check(kernels)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 1, 7, 100, 1024, 1025])
@@ -196,11 +196,13 @@ def test_each_token_sees_its_context_and_no_more(
     """With queries of zero it averages what it sees; each value marks one channel."""
     torch.manual_seed(0)
     seq_lens, new = [1, 16, 17, 129, 1024, 1025, 2500, 8300], [1, 16, 2, 129, 1, 3, 1, 2]
-    scene = Scene.random(seq_lens, new, block_size=block_size, sliding_window=sliding_window)
+    scene = Scene.random(
+        kernels, seq_lens, new, block_size=block_size, sliding_window=sliding_window
+    )
     position = torch.cat([torch.arange(length) for length in seq_lens])
     value = torch.nn.functional.one_hot(position * 37 % 64, 64).float()[:, None].repeat(1, 2, 1)
     slots = scene.batch.slots(block_size)
-    cpu.kv_store(value, value, scene.cache, slots, scene.group_size)
+    kernels.kv_store(value, value, scene.cache, slots, scene.group_size)
     scene.query.zero_()
     seen = torch.cat([torch.arange(a - b, a) + 1 for a, b in zip(seq_lens, new, strict=True)])
     # One token more or less moves a channel by about 1 / seen.
@@ -213,21 +215,21 @@ def test_each_token_sees_its_context_and_no_more(
 def test_extreme_codes(kernels: ModuleType, most: float, sign: int) -> None:
     """All but one at one end of the grid, times bytes of 127 and -128."""
     torch.manual_seed(0)
-    scene = Scene.random([300], [2], head=(256, 256), block_size=128)
+    scene = Scene.random(kernels, [300], [2], head=(256, 256), block_size=128)
     x = torch.full((300, 2, 256), most)
     x[..., 0] = 1 - most
-    cpu.kv_store(x, x, scene.cache, scene.batch.slots(128), 256)
+    kernels.kv_store(x, x, scene.cache, scene.batch.slots(128), 256)
     largest = largest_integer(scene.query.dtype)
     scene.query.fill_(sign * (largest - (128 << 8) - 128) / largest)
     scene.query[..., 0] = sign
-    scene.check()
+    scene.check(kernels)
 
 
 @pytest.fixture
-def mixed() -> Scene:
+def mixed(kernels: ModuleType) -> Scene:
     """A batch of all kinds of requests."""
     torch.manual_seed(0)
-    return Scene.random([9, 1500, 150, 3, 200, 2100], [1, 1, 150, 0, 33, 4])
+    return Scene.random(kernels, [9, 1500, 150, 3, 200, 2100], [1, 1, 150, 0, 33, 4])
 
 
 def test_a_request_alone_gives_what_it_gives_in_a_batch(kernels: ModuleType, mixed: Scene) -> None:
@@ -253,7 +255,7 @@ def test_a_bad_query_spoils_only_its_own_row(
     kernels: ModuleType, dtype: torch.dtype, bad: float
 ) -> None:
     torch.manual_seed(0)
-    scene = Scene.random([1500, 150, 30], [1, 150, 30], dtype=dtype)
+    scene = Scene.random(kernels, [1500, 150, 30], [1, 150, 30], dtype=dtype)
     clean = scene.run(kernels)
     spoilt = torch.zeros(clean.shape[:2], dtype=torch.bool)
     for row, head, channel in (0, 1, 0), (70, 3, 63), (180, 0, 17):
@@ -268,7 +270,7 @@ def test_a_bad_query_spoils_only_its_own_row(
 def test_slices_of_wider_tensors(kernels: ModuleType, dtype: torch.dtype) -> None:
     """As vLLM passes them; what surrounds the output stays."""
     torch.manual_seed(0)
-    scene = Scene.random([40, 1100], [40, 3], dtype=dtype)
+    scene = Scene.random(kernels, [40, 1100], [40, 3], dtype=dtype)
     expected = scene.run(kernels)
     wide = torch.full((45, 3, 4, 64), 9.0, dtype=dtype)
     wide[1:44, 1] = scene.query
@@ -282,4 +284,4 @@ def test_slices_of_wider_tensors(kernels: ModuleType, dtype: torch.dtype) -> Non
 
 
 def test_an_empty_batch(kernels: ModuleType) -> None:
-    assert Scene.random([], []).run(kernels).shape == (0, 4, 64)
+    assert Scene.random(kernels, [], []).run(kernels).shape == (0, 4, 64)

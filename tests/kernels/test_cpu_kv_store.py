@@ -1,4 +1,5 @@
-"""The CPU's 4-bit pages against the reference's, bit for bit, for every instruction set."""
+"""The CPU's 4-bit pages against the reference's, bit for bit: C++ for every
+instruction set, and numba."""
 
 from functools import partial
 from math import inf, nan
@@ -13,10 +14,6 @@ from parallel import at_once, openmp_threads
 from torch import Tensor
 
 from vllm_offq.kernels import reference
-from vllm_offq.kernels.cpu import library
-
-if library.why_not_usable():
-    pytest.skip("the CPU kernels are not built for this machine", allow_module_level=True)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(16, 16), (64, 64), (96, 96), (128, 128), (256, 128), (64, 32)]

@@ -1,4 +1,4 @@
-"""The CPU's linear layer against the reference, for every instruction set."""
+"""The CPU's linear layers against the reference: C++ for every instruction set, and numba."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +19,6 @@ from vllm_offq.format import pack_int4
 from vllm_offq.kernels import cpu, reference
 from vllm_offq.kernels.cpu import library
 from vllm_offq.quantizer import dequantize
-
-if library.why_not_usable():
-    pytest.skip("the CPU kernels are not built for this machine", allow_module_level=True)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [2, 6, 16, 32, 64, 96, 128, 256, 512]
@@ -285,6 +282,7 @@ def test_the_weight_is_kept_once(scale_per_group: bool, bits: float) -> None:
     assert 8 * kept == bits * layer.codes.numel()
 
 
+@pytest.mark.skipif(bool(library.why_not_usable()), reason="the C++ kernels are not built")
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.ISA_OVERRIDE, "abacus")
     library.isa.cache_clear()

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -34,11 +35,21 @@ class Backend(NamedTuple):
 def _why_not_cpu() -> str | None:
     from vllm_offq.kernels.cpu.library import why_not_usable
 
-    return "are for machines without a GPU" if torch.cuda.is_available() else why_not_usable()
+    return _has_gpu() or why_not_usable()
+
+
+def _why_not_numba() -> str | None:
+    # Not imported to find out: it compiles its kernels then.
+    return _has_gpu() or (None if find_spec("numba") else "need numba; install it")
+
+
+def _has_gpu() -> str | None:
+    return "are for machines without a GPU" if torch.cuda.is_available() else None
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend("vllm_offq.kernels.cpu", _why_not_cpu, "the fastest"),
+    "numba": Backend("vllm_offq.kernels.numba", _why_not_numba, "1.3 to 2.7 times slower"),
     "reference": Backend(
         "vllm_offq.kernels.reference", lambda: None, "plain PyTorch, many times slower"
     ),

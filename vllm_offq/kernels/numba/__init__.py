@@ -1,0 +1,20 @@
+"""OffQ operations on CPUs, compiled by numba where no C++ compiler was at hand.
+
+The functions of `reference`, with the same meaning; weights and pages are arranged like those of
+the C++ kernels, whose arithmetic this follows.
+"""
+
+from vllm_offq.kernels.cpu import KV_MULTIPLE, prepare_weight
+from vllm_offq.kernels.numba.attention import paged_attention
+from vllm_offq.kernels.numba.kv_store import kv_store
+from vllm_offq.kernels.numba.linear import linear
+from vllm_offq.kernels.reference import rotate_heads
+
+__all__ = [
+    "KV_MULTIPLE",
+    "kv_store",
+    "linear",
+    "paged_attention",
+    "prepare_weight",
+    "rotate_heads",
+]

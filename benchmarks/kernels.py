@@ -1,20 +1,23 @@
 """The CPU kernels against the strongest unquantized ones on this machine, side by side.
 
-    python -m benchmarks.kernels [linear] [attention] [--threads 1] [--rounds 7]
+    python -m benchmarks.kernels [linear] [attention] [--threads 1] [--rounds 7] [--avx2]
 
 Linear: activations to output in one call, against torch in float32 and bfloat16 and vLLM's oneDNN
 path; attention: over 4-bit pages against vLLM's own CPU attention. Every contender walks through as
 many copies of a layer as fill 64 MB in bfloat16: a served model does not find its weights in the
-nearest caches either. Figures are medians over interleaved rounds.
+nearest caches either. Figures are medians over interleaved rounds. --avx2 holds every contender to
+AVX2, to see on a newer machine what the older ones get.
 """
 
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from itertools import cycle
 from typing import Annotated
+from unittest.mock import patch
 
 import torch
 import typer
@@ -42,8 +45,23 @@ CONTEXTS = (128, 512, 1024, 4096, 16384)
 COPIES_BYTES = 64 << 20
 """Of a layer's copies in bfloat16; in 4 bits they have a quarter of it."""
 
+AVX2 = {
+    library.ISA_OVERRIDE: "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+
 Call = Callable[[], object]
 console = Console(width=110, highlight=False)
+
+
+def hold_to_avx2() -> None:
+    """Once more from the start if need be: libraries read the variables when they are loaded."""
+    if any(os.environ.get(name) != value for name, value in AVX2.items()):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **AVX2})
+    # vLLM has no setting: it asks torch which of its libraries to load.
+    patch.object(torch.cpu, "_is_avx512_supported", return_value=False).start()
 
 
 def selected_isa() -> str:
@@ -83,15 +101,14 @@ def linear_contenders(
     settings = (None, out_features, group_size, 0, 0.95, False)
     contenders: dict[str, Call] = {"offq": lambda: cpu.linear(x, next(weights), *settings)}
     for name, rows in ("torch float32", x), ("torch bfloat16", x16):
-        dense = cycle([torch.randn(out_features, in_features).to(rows) for _ in range(copies)])
-        contenders[name] = lambda rows=rows, dense=dense: functional.linear(rows, next(dense))
+        layers = cycle([torch.randn(out_features, in_features).to(rows) for _ in range(copies)])
+        contenders[name] = lambda rows=rows, layers=layers: functional.linear(rows, next(layers))
     for name, rows in ("onednn float32", x), ("onednn bfloat16", x16):
-        handlers = cycle(
-            [
-                vllm_ops.create_onednn_mm(torch.randn(in_features, out_features).to(rows), 32)
-                for _ in range(copies)
-            ]
-        )
+        dense = [torch.randn(in_features, out_features).to(rows) for _ in range(copies)]
+        try:
+            handlers = cycle([vllm_ops.create_onednn_mm(weight, 32) for weight in dense])
+        except RuntimeError:  # it has no bfloat16 product for AVX2
+            continue
         contenders[name] = lambda rows=rows, handlers=handlers: vllm_ops.onednn_mm(
             next(handlers), rows, None
         )
@@ -232,8 +249,11 @@ def main(
     names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(BENCHMARKS)}.")] = None,
     threads: int = 1,
     rounds: int = 7,
+    avx2: Annotated[bool, typer.Option("--avx2", help="Hold all contenders to AVX2.")] = False,
 ) -> None:
     """Measure the CPU kernels against the strongest unquantized ones."""
+    if avx2:
+        hold_to_avx2()
     from vllm.platforms import current_platform
 
     unknown = set(names or ()) - BENCHMARKS.keys()

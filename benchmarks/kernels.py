@@ -9,6 +9,7 @@ nearest caches either. Figures are medians over interleaved rounds. --avx2 holds
 AVX2, to see on a newer machine what the older ones get.
 """
 
+import contextlib
 import math
 import os
 import statistics
@@ -23,6 +24,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.machine import describe_machine, multiply_add_peak, read_bandwidth
@@ -94,24 +96,26 @@ def linear_contenders(
     from vllm import _custom_ops as vllm_ops
 
     x = torch.randn(tokens, in_features)
-    x16 = x.bfloat16()
     packed = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8)
     scale = torch.full((out_features, 1), 0.01).half()
     weights = cycle([cpu.prepare_weight(packed, scale, group_size) for _ in range(copies)])
     settings = (None, out_features, group_size, 0, 0.95, False)
     contenders: dict[str, Call] = {"offq": lambda: cpu.linear(x, next(weights), *settings)}
-    for name, rows in ("torch float32", x), ("torch bfloat16", x16):
+
+    def torch_linear(rows: Tensor) -> Call:
         layers = cycle([torch.randn(out_features, in_features).to(rows) for _ in range(copies)])
-        contenders[name] = lambda rows=rows, layers=layers: functional.linear(rows, next(layers))
-    for name, rows in ("onednn float32", x), ("onednn bfloat16", x16):
-        dense = [torch.randn(in_features, out_features).to(rows) for _ in range(copies)]
-        try:
-            handlers = cycle([vllm_ops.create_onednn_mm(weight, 32) for weight in dense])
-        except RuntimeError:  # it has no bfloat16 product for AVX2
-            continue
-        contenders[name] = lambda rows=rows, handlers=handlers: vllm_ops.onednn_mm(
-            next(handlers), rows, None
-        )
+        return lambda: functional.linear(rows, next(layers))
+
+    def onednn_linear(rows: Tensor) -> Call:
+        layers = [torch.randn(in_features, out_features).to(rows) for _ in range(copies)]
+        handlers = cycle([vllm_ops.create_onednn_mm(layer, 32) for layer in layers])
+        return lambda: vllm_ops.onednn_mm(next(handlers), rows, None)
+
+    for dtype, rows in ("float32", x), ("bfloat16", x.bfloat16()):
+        contenders[f"torch {dtype}"] = torch_linear(rows)
+        # oneDNN has no bfloat16 product for AVX2.
+        with contextlib.suppress(RuntimeError):
+            contenders[f"onednn {dtype}"] = onednn_linear(rows)
     return contenders
 
 

@@ -9,7 +9,15 @@ import typer
 
 from calibration.eval_command import evaluate
 from calibration.inspect_command import inspect
-from calibration.settings import Basis, DTypeName, KVBits, RecipeName, Rounding, Settings
+from calibration.settings import (
+    Basis,
+    DTypeName,
+    HeadBits,
+    KVBits,
+    RecipeName,
+    Rounding,
+    Settings,
+)
 from vllm_offq.errors import UserError
 
 app = typer.Typer(
@@ -55,6 +63,9 @@ def quantize(
         Basis, typer.Option(help="Tokens that rank the residual stream's directions.")
     ] = "top-1",
     kv_bits: Annotated[KVBits, typer.Option(help="16 keeps vLLM's own cache.")] = "4",
+    head_bits: Annotated[
+        HeadBits, typer.Option(help="Of the output head; 16 leaves it as it is.")
+    ] = "8",
     dtype: Annotated[DTypeName, typer.Option(help="Of what stays unquantized.")] = "auto",
     seed: Annotated[int, typer.Option(help="Same seed, same input, same bytes.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT at the end.")] = False,
@@ -67,6 +78,7 @@ def quantize(
         weight_group_size=weight_group_size,
         basis=basis,
         kv_bits=kv_bits,
+        head_bits=head_bits,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): weights to int4 codes that minimise the layer's output error."""
+"""Weights to codes: GPTQ (arXiv 2210.17323), which minimises output errors, or the nearest ones."""
 
 import logging
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_offq.errors import UserError
+from vllm_offq.format import HEAD_CODE_MAX
 from vllm_offq.quantizer import CODE_MAX, CODE_MIN
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def search_scale(weight: Tensor, importance: Tensor) -> Tensor:
     largest = weight.abs().amax(1) / CODE_MAX
     best_scale, best_error = largest, torch.full_like(largest, torch.inf)
     for ratio in CLIP_RATIOS:
-        scale = _as_stored(largest * ratio)
+        scale = stored_scale(largest * ratio)
         error = ((_round(weight, scale[:, None]) * scale[:, None] - weight).square()) @ importance
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
@@ -34,8 +35,11 @@ def search_scale(weight: Tensor, importance: Tensor) -> Tensor:
     return best_scale
 
 
-def _as_stored(scale: Tensor) -> Tensor:
-    """Scales are stored in float16; a row of zeros gets the smallest, its codes are zero."""
+def stored_scale(scale: Tensor) -> Tensor:
+    """What float16 makes of a scale; a row of zeros gets the smallest, its codes are zero.
+
+    Raises: UserError if it is too large.
+    """
     limits = torch.finfo(torch.float16)
     if (scale > limits.max).any():
         raise UserError("a weight is too large for a float16 scale; the model is damaged")
@@ -55,6 +59,13 @@ def round_to_nearest(
     scales = [search_scale(group, part) for group, part in zip(groups, weights, strict=True)]
     codes = [_round(group, scale[:, None]) for group, scale in zip(groups, scales, strict=True)]
     return torch.cat(codes, 1).to(torch.int8), torch.stack(scales, 1).half()
+
+
+def round_head(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The output head: 8-bit codes [N, K] int8 and scales [N, 1] float16. weight: [N, K]."""
+    scale = stored_scale(weight.float().abs().amax(1, keepdim=True) / HEAD_CODE_MAX)
+    codes = (weight.float() / scale).round().clamp(-HEAD_CODE_MAX, HEAD_CODE_MAX)
+    return codes.to(torch.int8), scale.half()
 
 
 def gptq(weight: Tensor, hessian: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ def inspect(
 def describe(checkpoint: Any) -> dict[str, Any]:
     """Sizes and settings of a vllm_offq.checkpoint.Checkpoint, from its headers alone."""
     from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE
+    from vllm_offq.manifest import HEAD
 
     kinds = {
         WEIGHT_PACKED: "quantized weights",
@@ -47,12 +48,14 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         last = name.rpartition(".")[2]
         outside = "embedding and head" if "layers" not in name else "norms and biases"
         kind = kinds.get(last, "norms and biases" if "norm" in name else outside)
+        if name == f"{HEAD}.{WEIGHT_PACKED}":
+            kind = "head, 8 bit"
         entry = tensors.setdefault(kind, {"tensors": 0, "parameters": 0, "bytes": 0})
         count = 1
         for size in checkpoint.shape(name):
             count *= size
         entry["tensors"] += 1
-        entry["parameters"] += 2 * count if last == WEIGHT_PACKED else count
+        entry["parameters"] += 2 * count if kind == "quantized weights" else count
         entry["bytes"] += count * checkpoint.dtype(name).itemsize
     quantized = tensors.get("quantized weights", {"parameters": 0, "bytes": 0})
     scales = tensors.get("weight scales", {"bytes": 0})
@@ -119,6 +122,8 @@ def _print(content: dict[str, Any], problem: UserError | None) -> None:
         if cache
         else "vLLM's own",
     )
+    if config["head"]:
+        settings.add_row("head", f"8 bits, input in groups of {config['head']['group_size']}")
     settings.add_row("16 bit", ", ".join(config["ignore"]) or "embedding and norms only")
     settings.add_row("format", f"version {config['format_version']}, {config['produced_by']}")
     settings.add_row("settings, SHA-256", config["settings_sha256"])

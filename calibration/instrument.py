@@ -41,7 +41,8 @@ class OffQLinear(nn.Module):
         if self.observe is not None:
             self.observe(x)
         if self.grid is not None:
-            x = fake_quantize(x, self.grid.group_size, self.grid.clip_ratio, self.grid.symmetric)
+            grid = self.grid
+            x = fake_quantize(x, grid.group_size, grid.clip_ratio, grid.symmetric, grid.bits)
         return nn.functional.linear(x, self.weight, self.bias)
 
 

@@ -18,6 +18,8 @@ def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
         pipeline_tag="text-generation",
         tags=["offq", "4-bit", "w4a4", "vllm"],
     )
+    parts = "4-bit weights and activations" + (", an 8-bit head" if config.head else "")
+    parts += " and a 4-bit KV cache" if cached else ""
     rows = "\n".join(f"| {key} | {value} |" for key, value in asdict(settings).items())
     return f"""---
 {metadata.to_yaml()}
@@ -25,7 +27,7 @@ def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
 
 # {name}, OffQ {"W4A4KV4" if cached else "W4A4"}
 
-{name} with 4-bit weights and activations{" and a 4-bit KV cache" if cached else ""}, made by
+{name} with {parts}, made by
 {config.produced_by}. Serve it where the plugin `vllm-offq` is installed beside vLLM:
 
     vllm serve FOLDER

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from calibration.architectures import Architecture
 from calibration.data import SELF, calibration_tokens
 from calibration.fuse import fuse
-from calibration.gptq import gptq, output_error, round_to_nearest
+from calibration.gptq import gptq, output_error, round_head, round_to_nearest
 from calibration.instrument import (
     OffQLinear,
     attention_state,
@@ -37,6 +37,7 @@ from vllm_offq.format import (
     CheckpointConfig,
     SiteConfig,
     pack_int4,
+    pack_int8,
 )
 from vllm_offq.quantizer import fake_quantize
 
@@ -170,7 +171,11 @@ class _SiteObserver:
         self.hessian.addmm_(flat.T, flat)
         sample = flat[:: max(1, len(flat) // SNR_TOKENS)]
         quantized = fake_quantize(
-            sample, self.grid.group_size, self.grid.clip_ratio, self.grid.symmetric
+            sample,
+            self.grid.group_size,
+            self.grid.clip_ratio,
+            self.grid.symmetric,
+            self.grid.bits,
         )
         self.signal += float(sample.square().sum())
         self.noise += float((quantized - sample).square().sum())
@@ -261,7 +266,14 @@ def _write_rest(
 ) -> None:
     """Embedding, final norm, head, configuration, tokenizer, generation config, model card."""
     model, architecture = original.model, original.architecture
-    for module in (architecture.embedding, architecture.final_norm, architecture.head):
+    unquantized = [architecture.embedding, architecture.final_norm]
+    if config.head is None:
+        unquantized.append(architecture.head)
+    else:
+        codes, scale = round_head(model.get_submodule(architecture.head).weight)  # type: ignore[arg-type]
+        writer.add(f"{architecture.head}.{WEIGHT_PACKED}", pack_int8(codes))
+        writer.add(f"{architecture.head}.{WEIGHT_SCALE}", scale)
+    for module in unquantized:
         for name, parameter in model.get_submodule(module).named_parameters():
             writer.add(f"{module}.{name}", parameter.to(dtype))
     hf_config = model.config

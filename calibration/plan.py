@@ -11,6 +11,7 @@ from vllm_offq.format import (
     FORMAT_VERSION,
     QUANT_METHOD,
     CheckpointConfig,
+    HeadConfig,
     KVCacheConfig,
     SiteConfig,
     WeightConfig,
@@ -68,6 +69,10 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
             online_hadamard=None if not last or rotation == "none" else site_group,
         )
 
+    sites: dict[str, SiteConfig] = {site.name: site_config(site) for site in architecture.sites}
+    head = None
+    if settings.head_bits == "8":
+        head = HeadConfig(bits=8, group_size=sites["attention_input"].group_size)
     kv_cache = None
     if settings.kv_bits == "4":
         kv_cache = KVCacheConfig(
@@ -82,9 +87,10 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         settings_sha256=settings.sha256(),
         recipe=settings.recipe,
         weights=WeightConfig(bits=4, group_size=settings.weight_group_size),
-        sites={site.name: site_config(site) for site in architecture.sites},
+        sites=sites,
+        head=head,
         kv_cache=kv_cache,
-        ignore=[architecture.head],
+        ignore=[] if head else [architecture.head],
     )
 
 

@@ -11,6 +11,7 @@ RecipeName = Literal["offq", "quarot", "rtn"]
 Rounding = Literal["gptq", "rtn"]
 Basis = Literal["top-1", "all"]
 KVBits = Literal["4", "16"]
+HeadBits = Literal["8", "16"]
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -48,6 +49,8 @@ class Settings:
     basis: Basis = "top-1"
     """Tokens that rank the residual stream's directions: each sequence's largest, or all."""
     kv_bits: KVBits = "4"
+    head_bits: HeadBits = "8"
+    """Of the output head's weights, and of its input where they are 8."""
     calibration: str = "self"
     samples: int = 32
     sequence_length: int = 512

@@ -13,7 +13,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from calibration.architectures import find_architecture
 from calibration.instrument import OffQLinear, attention_state, instrument, layers_of
 from vllm_offq.checkpoint import Checkpoint
-from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE, unpack_int4
+from vllm_offq.format import (
+    KEY_ROTATION,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    unpack_int4,
+    unpack_int8,
+)
 from vllm_offq.quantizer import dequantize
 
 
@@ -34,13 +40,18 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
     for name in checkpoint.names:
         module, _, kind = name.rpartition(".")
         if kind == WEIGHT_PACKED:
-            codes = unpack_int4(checkpoint.load(name))
+            unpack = unpack_int8 if module == architecture.head else unpack_int4
+            codes = unpack(checkpoint.load(name))
             weight = dequantize(codes, checkpoint.load(f"{module}.{WEIGHT_SCALE}"))
             loaded[f"{module}.weight"] = weight
         elif kind not in (WEIGHT_SCALE, KEY_ROTATION):
             loaded[name] = checkpoint.load(name).float()
     model.load_state_dict(loaded)
     config = checkpoint.config
+    if config.head is not None:
+        head = OffQLinear(model.get_submodule(architecture.head))
+        head.grid = config.head.site
+        model.set_submodule(architecture.head, head)
     for index, layer in enumerate(layers_of(model, architecture)):
         for site in architecture.sites:
             for module_path in site.modules:

@@ -38,8 +38,9 @@ def quantization_config(**changes: Any) -> dict[str, Any]:
             "mlp": site("gate_proj", "up_proj"),
             "mlp_output": site("down_proj", fused_rotation="permutation", online_hadamard=32),
         },
+        "head": {"bits": 8, "group_size": 32},
         "kv_cache": {"bits": 4, "group_size": 16, "key_rotation": True},
-        "ignore": ["lm_head"],
+        "ignore": [],
     } | changes
 
 
@@ -73,7 +74,7 @@ def tensors() -> dict[str, Tensor]:
     result = {
         "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).bfloat16(),
         "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
-        "lm_head.weight": torch.randn(VOCABULARY, HIDDEN).bfloat16(),
+        **packed("lm_head", VOCABULARY, 2 * HIDDEN),
     }
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."

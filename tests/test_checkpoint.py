@@ -85,6 +85,8 @@ def test_an_unquantized_model(checkpoint: Path) -> None:
             {"kv_cache": {"bits": 4, "group_size": 12, "key_rotation": True}},
             "kv_cache.group_size 12 does not divide the 16 channels",
         ),
+        ({"head": {"bits": 8, "group_size": 48}}, "head.group_size 48 does not divide the 64"),
+        ({"head": None}, "lm_head.weight is missing"),
         ({"kv_cache": None}, "self_attn.attn.key_rotation does not belong"),
     ],
 )
@@ -101,7 +103,7 @@ def test_bad_quantization_config(checkpoint: Path, change: dict[str, Any], sente
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported"),
         ({"hidden_size": "64"}, "hidden_size must be a positive number, not '64'"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
-        ({"tie_word_embeddings": True}, "lm_head.weight does not belong"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
         ({"attention_bias": True}, "self_attn.q_proj.bias is missing"),
         ({"vocab_size": 51}, "model.embed_tokens.weight has shape [50, 64] instead of [51, 64]"),
     ],
@@ -267,7 +269,7 @@ def test_a_renamed_tensor(checkpoint: Path) -> None:
             "holds NaN or infinity",
         ),
         ("model.norm.weight", lambda x: x.fill_(float("nan")), "holds NaN or infinity"),
-        ("lm_head.weight", lambda x: x.fill_(float("nan")), "holds NaN or infinity"),
+        ("model.embed_tokens.weight", lambda x: x.fill_(float("nan")), "holds NaN or infinity"),
     ],
 )
 def test_a_spoilt_tensor(

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from sample_checkpoint import quantization_config
 
 from vllm_offq.errors import UserError
-from vllm_offq.format import pack_int4, parse_config, unpack_int4
+from vllm_offq.format import (
+    HEAD_CODE_MAX,
+    pack_int4,
+    pack_int8,
+    parse_config,
+    unpack_int4,
+    unpack_int8,
+)
 
 
 def refusal(raw: Any) -> str:
@@ -20,7 +27,7 @@ def refusal(raw: Any) -> str:
 
 
 def test_a_good_config_survives_json() -> None:
-    config = parse_config(quantization_config())
+    config = parse_config(quantization_config(head=None, ignore=["lm_head"]))
     assert parse_config(config.model_dump(mode="json")) == config
     assert config.site_of("model.layers.3.mlp.down_proj") == config.sites["mlp_output"]
     assert config.site_of("model.layers.3.mlp.router") is None
@@ -69,6 +76,7 @@ def test_an_unknown_key_is_named_in_full() -> None:
         ("sites.mlp.clip_ratio", float("nan")),
         ("sites.mlp.fused_rotation", "random"),
         ("sites.mlp.online_hadamard", -32),
+        ("head.bits", 4),
         ("kv_cache.key_rotation", 1),
         ("settings_sha256", "abc"),
         ("produced_by", ""),
@@ -135,3 +143,12 @@ def test_every_byte_is_a_pair_of_codes() -> None:
 
 def test_the_even_channel_is_in_the_low_nibble() -> None:
     assert pack_int4(torch.tensor([-8, 7, 0, -1], dtype=torch.int8)).tolist() == [0xF0, 0x78]
+
+
+def test_every_code_of_the_head_is_two_of_four_bits() -> None:
+    codes = torch.arange(-HEAD_CODE_MAX - 1, HEAD_CODE_MAX + 1, dtype=torch.int8).view(4, -1)
+    packed = pack_int8(codes)
+    assert packed.shape == codes.shape
+    assert torch.equal(unpack_int8(packed), codes.short())
+    high, low = unpack_int4(packed).chunk(2, -1)
+    assert torch.equal(16 * high.short() + low, codes.short())

@@ -28,7 +28,8 @@ def test_json_adds_up(
     assert content["bytes"] == sum(tensor.nbytes for tensor in tensors().values())
     assert content["bytes"] == sum(entry["bytes"] for entry in content["tensors"].values())
     assert content["bytes_on_disk"] > content["bytes"]
-    assert content["tensors"]["embedding and head"]["parameters"] == 2 * VOCABULARY * HIDDEN
+    for kind in ("embedding and head", "head, 8 bit"):
+        assert content["tensors"][kind]["parameters"] == VOCABULARY * HIDDEN
     # Per layer and channel 16 bits more: 352 channels of 64 to 128 inputs.
     assert 4.1 < content["bits_per_quantized_weight"] < 4.25
     assert content["quantization_config"]["sites"]["mlp_output"]["online_hadamard"] == 32
@@ -39,7 +40,15 @@ def test_the_table_names_sites_and_settings(
 ) -> None:
     assert offq(monkeypatch, "inspect", str(write(tmp_path / "model"))) == 0
     output = capsys.readouterr().out
-    for word in ("quantized weights", "down_proj", "asymmetric", "0.95", "KV cache", "passed"):
+    for word in (
+        "quantized weights",
+        "down_proj",
+        "asymmetric",
+        "0.95",
+        "head",
+        "KV cache",
+        "passed",
+    ):
         assert word in output
 
 

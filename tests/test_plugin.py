@@ -24,14 +24,17 @@ from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from vllm_offq import kv_cache
 from vllm_offq.config import OffQConfig, refuse_unsupported_options
+from vllm_offq.format import HEAD_CODE_MAX, HeadConfig, pack_int8
 from vllm_offq.kernels import ops, reference
 from vllm_offq.kernels.cpu import library
 from vllm_offq.kv_cache import OffQKVCacheMethod, backend_for
-from vllm_offq.linear import OffQLinearMethod
+from vllm_offq.linear import OffQHeadMethod, OffQLinearMethod
+from vllm_offq.quantizer import fake_quantize
 
 
 def bare(layer: type[torch.nn.Module]) -> torch.nn.Module:
@@ -139,12 +142,40 @@ def test_ignored_linear_stays_unquantized() -> None:
     assert isinstance(method, UnquantizedLinearMethod)
 
 
+def test_the_head_is_quantized_where_the_checkpoint_says_so() -> None:
+    head = bare(ParallelLMHead)
+    method = offq_config().get_quant_method(head, "lm_head")
+    assert isinstance(method, OffQHeadMethod)
+    assert (method.site.bits, method.site.group_size) == (8, 32)
+    assert offq_config(head=None, ignore=["lm_head"]).get_quant_method(head, "lm_head") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("single_rank")
+def test_the_head_computes_its_eight_bit_product(dtype: torch.dtype) -> None:
+    """Also of activations that float16 could not hold 16-fold."""
+    torch.manual_seed(0)
+    codes = torch.randint(-HEAD_CODE_MAX, HEAD_CODE_MAX + 1, (72, 64), dtype=torch.int8)
+    x = (torch.randn(3, 64) * 2000).to(dtype)
+    layer = torch.nn.Module()
+    layer.prefix, method = "lm_head", OffQHeadMethod(HeadConfig(bits=8, group_size=32))
+    method.create_weights(layer, 64, [72], 64, 72, dtype, weight_loader=None)
+    layer.weight_packed.data, scale = pack_int8(codes), torch.rand(72, 1).half() / 100
+    layer.weight_scale.data = scale
+    method.process_weights_after_loading(layer)
+    logits = method.apply(layer, x)
+    seen = fake_quantize(x.float(), 32, bits=8)
+    expected = (seen @ (codes.float() * scale.float()).T).to(dtype)
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits, expected, rtol=torch.finfo(dtype).eps, atol=0.5)
+
+
 @pytest.mark.parametrize(
     ("layer", "prefix", "message"),
     [
         (LinearBase, "model.layers.0.mlp.router", "mlp.router is neither quantized nor ignored"),
         (LinearBase, "model.layers.0.fused_proj", "fuses .*q_proj, .*up_proj.* share one site"),
-        (LinearBase, "model.layers.0.half_proj", "fuses .*q_proj, .*lm_head.* share one site"),
+        (LinearBase, "model.layers.0.half_proj", "fuses .*q_proj, .*router.* share one site"),
         (RoutedExperts, "model.layers.0.mlp.experts", "mixture-of-experts.*mlp.experts"),
         (EncoderOnlyAttention, "model.layers.0.attn", "EncoderOnlyAttention"),
         (MLAAttention, "model.layers.0.attn", "MLAAttention"),
@@ -153,10 +184,10 @@ def test_ignored_linear_stays_unquantized() -> None:
 def test_unsupported_layer_is_refused_by_name(
     layer: type[torch.nn.Module], prefix: str, message: str
 ) -> None:
-    config = offq_config()
+    config = offq_config(ignore=["model.layers.0.router"])
     config.packed_modules_mapping |= {
         "fused_proj": ["q_proj", "up_proj"],
-        "half_proj": ["q_proj", "lm_head"],
+        "half_proj": ["q_proj", "router"],
     }
     with pytest.raises(UserError, match=message):
         config.get_quant_method(bare(layer), prefix)
@@ -360,5 +391,5 @@ def test_operator_can_be_compiled(dtype: torch.dtype) -> None:
     packed = torch.randint(0, 256, (40, 32), dtype=torch.uint8)  # backends may pad 40 channels
     scale = torch.rand(40, 1, dtype=torch.float16)
     weight = kernels.backend().prepare_weight(packed, scale, 32)
-    arguments = (torch.randn(5, 64, dtype=dtype), *weight, None, 40, 32, 32, 0.95, False)
+    arguments = (torch.randn(5, 64, dtype=dtype), *weight, None, 40, 32, 32, 0.95, False, 4)
     torch.library.opcheck(ops.linear, arguments, test_utils=("test_schema", "test_faketensor"))

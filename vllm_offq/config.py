@@ -14,11 +14,12 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_offq.errors import UserError
 from vllm_offq.format import QUANT_METHOD, CheckpointConfig, parse_config
 from vllm_offq.kv_cache import OffQKVCacheMethod
-from vllm_offq.linear import OffQLinearMethod
+from vllm_offq.linear import OffQHeadMethod, OffQLinearMethod
 
 
 class OffQConfig(QuantizationConfig):
@@ -76,11 +77,13 @@ class OffQConfig(QuantizationConfig):
             refuse_unsupported_options(vllm_config)
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
+        if isinstance(layer, ParallelLMHead) and self.checkpoint.head is not None:
+            return OffQHeadMethod(self.checkpoint.head)
         if isinstance(layer, RoutedExperts):
             raise UserError(f"mixture-of-experts layers are not supported by OffQ yet: {prefix}")
         if isinstance(layer, AttentionLayerBase):
             return self._kv_cache_method(layer, prefix)
-        return None  # Embeddings and the head stay in 16 bit.
+        return None  # The embedding stays in 16 bit.
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         parent, _, last = prefix.rpartition(".")

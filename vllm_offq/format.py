@@ -27,9 +27,11 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 WEIGHT_PACKED = "weight_packed"
-"""[out_features, in_features / 2] uint8, see pack_int4."""
+"""[out_features, in_features / 2] uint8, see pack_int4; of an 8-bit head twice that, pack_int8."""
 WEIGHT_SCALE = "weight_scale"
 """[out_features, 1], or [out_features, in_features / weights.group_size], float16."""
+HEAD_CODE_MAX: Final = 119
+"""16 high + low reaches it with two 4-bit codes; every code of the head is at most that large."""
 KEY_ROTATION = "key_rotation"
 """Of an attention layer: [num_kv_heads, head_size, head_size] float16, q and k after RoPE @ it."""
 
@@ -53,7 +55,7 @@ class SiteConfig(_Strict):
 
     modules: Annotated[list[Name], Field(min_length=1)]
     """Last name components of its linears, as in the checkpoint (q_proj, ...)."""
-    bits: Literal[4]
+    bits: Literal[4, 8]
     group_size: PositiveInt
     symmetric: bool
     clip_ratio: ClipRatio
@@ -61,6 +63,27 @@ class SiteConfig(_Strict):
     """What the weights carry already: nothing to do at run time."""
     online_hadamard: PositiveInt | None
     """Block size of the Hadamard that the input is multiplied by at run time."""
+
+
+class HeadConfig(_Strict):
+    """The output head: codes of 8 bits, one scale a row; its input on an asymmetric 8-bit grid."""
+
+    bits: Literal[8]
+    group_size: PositiveInt
+    """Of the input."""
+
+    @property
+    def site(self) -> SiteConfig:
+        """Its input as one more site."""
+        return SiteConfig(
+            modules=["lm_head"],
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=False,
+            clip_ratio=1.0,
+            fused_rotation="none",
+            online_hadamard=None,
+        )
 
 
 class KVCacheConfig(_Strict):
@@ -83,6 +106,8 @@ class CheckpointConfig(_Strict):
     recipe: Name
     weights: WeightConfig
     sites: Annotated[dict[Name, SiteConfig], Field(min_length=1)]
+    head: HeadConfig | None
+    """None: the head stays in 16 bit."""
     kv_cache: KVCacheConfig | None
     """None: the cache keeps vLLM's own format."""
     ignore: list[Name]
@@ -99,7 +124,8 @@ class CheckpointConfig(_Strict):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "CheckpointConfig":
-        if any(site.group_size % 2 for site in self.sites.values()):
+        sizes = [site.group_size for site in self.sites.values()]
+        if any(size % 2 for size in (*sizes, self.head.group_size if self.head else 0)):
             raise ValueError("every group_size must be even (two codes share a byte)")
         size = self.weights.group_size
         for name, site in self.sites.items():
@@ -163,3 +189,20 @@ def pack_int4(codes: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor) -> Tensor:
     """Inverse of pack_int4. packed: [..., n / 2] uint8. Returns: [..., n] int8."""
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).view(torch.int8) - 8
+
+
+def pack_int8(codes: Tensor) -> Tensor:
+    """Codes of 8 bits as two of 4, ``16 high + low``: first all high ones, then all low ones.
+
+    A product with them is one with 4-bit codes and the input twice, the first time 16-fold.
+    codes: [..., n] int8, at most HEAD_CODE_MAX in magnitude. Returns: [..., n] uint8, as pack_int4
+    of [..., 2 n].
+    """
+    high = (codes.short() + 8) >> 4
+    return pack_int4(torch.cat([high, codes - 16 * high], -1).to(torch.int8))
+
+
+def unpack_int8(packed: Tensor) -> Tensor:
+    """Inverse of pack_int8. packed: [..., n] uint8. Returns: [..., n] int16."""
+    high, low = unpack_int4(packed).short().chunk(2, -1)
+    return 16 * high + low

@@ -1,6 +1,7 @@
 """OffQ linear layers in vLLM: parameters, sharding, loading. The arithmetic is in kernels."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_offq.errors import UserError
-from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, SiteConfig
+from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, HeadConfig, SiteConfig
 from vllm_offq.kernels import backend, ops
 
 
@@ -125,4 +126,31 @@ class OffQLinearMethod(LinearMethodBase):
             self.site.online_hadamard or 0,
             self.site.clip_ratio,
             self.site.symmetric,
+            self.site.bits,
         )
+
+
+class OffQHeadMethod(OffQLinearMethod):
+    """An output head with 8-bit weights: as pack_int8 says, one of 4-bit weights on [16 x, x]."""
+
+    def __init__(self, head: HeadConfig):
+        super().__init__(head.site, weight_group_size=None)
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        *rest: Any,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """See OffQLinearMethod; see pack_int8 for why there are twice the inputs."""
+        sizes = 2 * input_size_per_partition, output_partition_sizes, 2 * input_size
+        super().create_weights(layer, *sizes, *rest, **extra_weight_attrs)
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: [..., K]. Returns: [..., N] in x's dtype."""
+        wide = x.float()  # 16-fold it may not fit x's dtype
+        logits = super().apply(layer, torch.cat([16 * wide, wide], -1))
+        return (logits if bias is None else logits + bias).to(x.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm_offq.errors import UserError
 from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig
 
+HEAD = "lm_head"
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 ORTHOGONALITY_TOLERANCE = 2.0**-9
@@ -88,8 +89,7 @@ def expected_tensors(
         "model.embed_tokens.weight": TensorSpec((sizes.vocabulary, sizes.hidden), FLOATING),
         "model.norm.weight": TensorSpec((sizes.hidden,), FLOATING),
     }
-    if not model_config.get("tie_word_embeddings", False):
-        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    expected |= _head_tensors(model_config, config, sizes)
     for layer in range(sizes.num_layers):
         prefix = f"model.layers.{layer}."
         for norm in architecture.norms:
@@ -160,6 +160,23 @@ def _sizes(model_config: dict[str, Any]) -> Sizes:
         num_layers=size("num_hidden_layers"),
         vocabulary=size("vocab_size"),
     )
+
+
+def _head_tensors(
+    model_config: dict[str, Any], config: CheckpointConfig, sizes: Sizes
+) -> dict[str, TensorSpec]:
+    tied, shape = model_config.get("tie_word_embeddings", False), (sizes.vocabulary, sizes.hidden)
+    if config.head is None:
+        return {} if tied else {f"{HEAD}.weight": TensorSpec(shape, FLOATING)}
+    if tied:
+        raise UserError(
+            "config.json: tie_word_embeddings must be false where quantization_config has a head"
+        )
+    _check_divides("head.group_size", config.head.group_size, sizes.hidden, HEAD)
+    return {
+        f"{HEAD}.{WEIGHT_PACKED}": TensorSpec(shape, (torch.uint8,)),
+        f"{HEAD}.{WEIGHT_SCALE}": TensorSpec((sizes.vocabulary, 1), (torch.float16,)),
+    }
 
 
 def _linear_tensors(

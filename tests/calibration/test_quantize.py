@@ -19,6 +19,7 @@ from calibration.settings import Settings
 from calibration.simulate import load_simulated
 from vllm_offq.checkpoint import Checkpoint, validate_checkpoint
 from vllm_offq.errors import UserError
+from vllm_offq.format import unpack_int8
 
 QUICK = {"samples": 4, "sequence_length": 64}
 
@@ -72,15 +73,39 @@ def test_checkpoint_is_valid_and_complete(quantized: tuple[Path, Report], origin
 
 def test_linears_take_four_bits_and_their_scales(quantized: tuple[Path, Report]) -> None:
     checkpoint = Checkpoint(quantized[0])
-    packed = [name for name in checkpoint.names if name.endswith("weight_packed")]
+    packed = [
+        name
+        for name in checkpoint.names
+        if name.endswith("weight_packed") and not name.startswith("lm_head")
+    ]
     weights = sum(2 * checkpoint.load(name).numel() for name in packed)
     stored = sum(
         checkpoint.load(name).nbytes
         for name in checkpoint.names
-        if name.endswith(("weight_packed", "weight_scale"))
+        if name.endswith(("weight_packed", "weight_scale")) and not name.startswith("lm_head")
     )
     scales = sum(checkpoint.shape(name)[0] for name in packed)
     assert 8 * stored / weights == pytest.approx(4 + 16 * scales / weights, rel=0.01)
+
+
+def test_the_head_takes_eight_bits_and_loses_next_to_nothing(
+    quantized: tuple[Path, Report], original: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = Settings(calibration=str(text), head_bits="16", **QUICK)
+    quantize(str(original), tmp_path / "out", settings)
+    validate_checkpoint(tmp_path / "out")
+    checkpoint, unquantized = Checkpoint(quantized[0]), Checkpoint(tmp_path / "out")
+    weight = unquantized.load("lm_head.weight").float()
+    packed = checkpoint.load("lm_head.weight_packed")
+    assert packed.nbytes == weight.numel()
+    scale = checkpoint.load("lm_head.weight_scale").float()
+    error = (unpack_int8(packed) * scale - weight).abs()
+    assert (error <= scale / 2 + weight.abs() * 2.0**-8).all()  # which is bfloat16's rounding
+    tokens = torch.randint(2, 300, (4, 64), generator=torch.Generator().manual_seed(5))
+    expected, found = (
+        load_simulated(folder)[0](tokens).logits for folder in (tmp_path / "out", quantized[0])
+    )
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.02
 
 
 def test_quantized_model_still_predicts_what_the_original_does(

@@ -18,9 +18,11 @@ from vllm_offq.errors import UserError
 from vllm_offq.format import pack_int4
 from vllm_offq.kernels import cpu, reference
 from vllm_offq.kernels.cpu import library
-from vllm_offq.quantizer import dequantize
+from vllm_offq.quantizer import code_range, dequantize
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+Grid = tuple[int, int, float, bool, int]
+
 GROUP_SIZES = [2, 6, 16, 32, 64, 96, 128, 256, 512]
 
 
@@ -34,6 +36,7 @@ class Layer:
     rotation_block_size: int = 0
     clip_ratio: float = 1.0
     symmetric: bool = False
+    bits: int = 4
     bias: Tensor | None = None
 
     @classmethod
@@ -48,8 +51,9 @@ class Layer:
         return cls(torch.eye(channels, dtype=torch.int8), ones, *grid)
 
     @property
-    def grid(self) -> tuple[int, int, float, bool]:
-        return self.group_size, self.rotation_block_size, self.clip_ratio, self.symmetric
+    def grid(self) -> Grid:
+        rounding = self.clip_ratio, self.symmetric, self.bits
+        return self.group_size, self.rotation_block_size, *rounding
 
     @property
     def weight(self) -> Tensor:
@@ -88,7 +92,7 @@ def assert_close(actual: Tensor, expected: Tensor, error: Tensor) -> None:
     assert ((actual.double() - expected.double()).abs() <= error + rounding).all()
 
 
-def assert_same_codes(kernels: ModuleType, grid: tuple[int, int, float, bool], x: Tensor) -> None:
+def assert_same_codes(kernels: ModuleType, grid: Grid, x: Tensor) -> None:
     """Exactly: the identity as weight returns scale * code + offset. x: [T, K] float32."""
     codes, scale, offset = reference.rotate_quantize(x, *grid)
     layer = Layer.identity(x.shape[1], *grid)
@@ -107,6 +111,7 @@ def assert_same_codes(kernels: ModuleType, grid: tuple[int, int, float, bool], x
     scale_per_group=st.booleans(),
     clip_ratio=st.sampled_from([1.0, 0.9, 0.51]),
     symmetric=st.booleans(),
+    bits=st.sampled_from([4, 8]),
     has_bias=st.booleans(),
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 2**16),
@@ -121,14 +126,14 @@ def test_any_layer(
     scale_per_group: bool,
     clip_ratio: float,
     symmetric: bool,
+    bits: int,
     has_bias: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    layer = Layer.random(
-        outputs, num_groups, group_size, clip_ratio=clip_ratio, symmetric=symmetric
-    )
+    rounding = {"clip_ratio": clip_ratio, "symmetric": symmetric, "bits": bits}
+    layer = Layer.random(outputs, num_groups, group_size, **rounding)
     if scale_per_group:
         layer.scale = torch.rand(outputs, num_groups).half()
     if has_bias:
@@ -146,15 +151,20 @@ def test_any_layer(
     ],
 )
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("clip_ratio", [1.0, 0.87])
+@pytest.mark.parametrize(("clip_ratio", "bits"), [(1.0, 4), (0.87, 4), (1.0, 8)])
 def test_the_codes_are_those_of_the_grid(
-    kernels: ModuleType, group_size: int, block_size: int, clip_ratio: float, symmetric: bool
+    kernels: ModuleType,
+    group_size: int,
+    block_size: int,
+    clip_ratio: float,
+    symmetric: bool,
+    bits: int,
 ) -> None:
     torch.manual_seed(group_size + block_size)
     channels = 2 * lcm(group_size, block_size or 1)
     x = (torch.randn(7, channels) + 3) * torch.logspace(-12, 3, 7)[:, None]
     x[3] = 0.5
-    assert_same_codes(kernels, (group_size, block_size, clip_ratio, symmetric), x)
+    assert_same_codes(kernels, (group_size, block_size, clip_ratio, symmetric, bits), x)
 
 
 @pytest.mark.parametrize("largest", [0.0, 1.0, 1.6e38, 1e-30, 1e-36, 1e-39, 1e-42])
@@ -165,7 +175,8 @@ def test_the_codes_of_constant_huge_and_denormal_values(
     torch.manual_seed(0)
     x = largest * (2 * torch.rand(5, 192) - 1)
     x[0], x[1], x[2, ::3] = 2 * largest, -largest, 0.0
-    assert_same_codes(kernels, (96, 0, 1.0, symmetric), x)
+    for bits in (4, 8):
+        assert_same_codes(kernels, (96, 0, 1.0, symmetric, bits), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -185,18 +196,25 @@ def test_short_floats_are_only_rounded(
 @pytest.mark.parametrize("scale_per_group", [False, True])
 @pytest.mark.parametrize("group_size", [*GROUP_SIZES, 1024])
 @pytest.mark.parametrize("codes", ["random", "lowest", "highest"])
+@pytest.mark.parametrize("bits", [4, 8])
 def test_sums_that_float32_holds_are_exact(
-    kernels: ModuleType, codes: str, group_size: int, scale_per_group: bool
+    kernels: ModuleType, bits: int, codes: str, group_size: int, scale_per_group: bool
 ) -> None:
     """Up to the extremes: scales are powers of two and offsets small integers times them."""
     torch.manual_seed(group_size)
-    low, high = {"random": (-8, 8), "lowest": (-8, -7), "highest": (7, 8)}[codes]
-    layer = Layer.random(83, 3, group_size)
-    layer.codes.random_(low, high)
+
+    def extremes(bits: int) -> tuple[int, int]:
+        low, high = code_range(bits)
+        bounds = {"random": (low, high + 1), "lowest": (low, low + 1), "highest": (high, high + 1)}
+        return bounds[codes]
+
+    layer = Layer.random(83, 3, group_size, bits=bits)
+    layer.codes.random_(*extremes(4))
     layer.scale = 2.0 ** torch.randint(-1, 2, (83, 3 if scale_per_group else 1)).half()
-    grid = torch.randint(low, high, (21, 3, group_size)).float()
-    grid[..., 0], grid[..., -1] = -8, 7  # so that the range of each group is the whole grid
+    grid = torch.randint(*extremes(bits), (21, 3, group_size)).float()
+    grid[..., 0], grid[..., -1] = code_range(bits)  # so that a group spans its grid
     exponent, offset = torch.randint(-1, 2, (21, 3, 1)), torch.randint(-3, 4, (21, 3, 1))
+    exponent *= bits == 4  # sums of 8 bits and three scales each have more digits than float32
     x = ((grid + offset) * 2.0**exponent).flatten(1)
     expected = layer.run(reference, x)
     for dtype in FLOATS:  # all hold x; halfway between two floats of 16 bits, the even one is near

@@ -15,8 +15,8 @@ _library = torch.library.Library("vllm_offq", "DEF")
 
 _library.define(
     "linear(Tensor x, Tensor weight_codes, Tensor weight_scale, Tensor weight_sums, Tensor? bias, "
-    "int out_features, int group_size, int rotation_block_size, float clip_ratio, bool symmetric) "
-    "-> Tensor"
+    "int out_features, int group_size, int rotation_block_size, float clip_ratio, bool symmetric, "
+    "int bits) -> Tensor"
 )
 
 

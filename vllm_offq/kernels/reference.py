@@ -35,7 +35,12 @@ def prepare_weight(weight_packed: Tensor, weight_scale: Tensor, group_size: int)
 
 
 def rotate_quantize(
-    x: Tensor, group_size: int, rotation_block_size: int, clip_ratio: float, symmetric: bool
+    x: Tensor,
+    group_size: int,
+    rotation_block_size: int,
+    clip_ratio: float,
+    symmetric: bool,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Online block Hadamard (none if rotation_block_size is 0), then the group grid.
 
@@ -44,8 +49,8 @@ def rotate_quantize(
     x = x.float()
     if rotation_block_size:
         x = apply_block_hadamard(x, rotation_block_size)
-    scale, offset = group_range(x, group_size, clip_ratio, symmetric)
-    return quantize(x, scale, offset), scale, offset
+    scale, offset = group_range(x, group_size, clip_ratio, symmetric, bits)
+    return quantize(x, scale, offset, bits), scale, offset
 
 
 def gemm(
@@ -82,13 +87,14 @@ def linear(
     rotation_block_size: int,
     clip_ratio: float,
     symmetric: bool,
+    bits: int = 4,
 ) -> Tensor:
     """Rotate, quantize, multiply, add bias. x: [..., K]. Returns: [..., N] in x's dtype.
 
-    out_features is N: a backend may pad its weights.
+    out_features is N: a backend may pad its weights; bits: 4 or 8, of the activations.
     """
     codes, scale, offset = rotate_quantize(
-        x.flatten(0, -2), group_size, rotation_block_size, clip_ratio, symmetric
+        x.flatten(0, -2), group_size, rotation_block_size, clip_ratio, symmetric, bits
     )
     y = gemm(codes, scale, offset, weight)
     if bias is not None:

@@ -15,6 +15,7 @@ struct Layer {
   DType dtype = DType::kFloat32;
   int hadamard_block = 0, hadamard_core = 1;
   Codes codes = Codes::kRandom;
+  int bits = 4;
 
   int in_features() const { return groups * group_size; }
   int segment_size() const {
@@ -26,8 +27,9 @@ struct Layer {
   int tiles() const { return (out_features + kTile - 1) / kTile; }
   std::string name() const {
     std::string result = "linear";
-    for (int number : {tokens, groups, group_size, out_features, int(scale_per_group), int(bias),
-                       int(symmetric), int(dtype), hadamard_block, hadamard_core, int(codes)}) {
+    for (int number :
+         {tokens, groups, group_size, out_features, int(scale_per_group), int(bias), int(symmetric),
+          int(dtype), hadamard_block, hadamard_core, int(codes), bits}) {
       result += " " + std::to_string(number);
     }
     return result;
@@ -92,7 +94,9 @@ class LinearProblem {
     a.dtype = static_cast<int32_t>(layer_.dtype);
     a.grid.group_size = layer_.group_size;
     a.grid.symmetric = layer_.symmetric;
-    a.grid.range_to_scale = layer_.symmetric ? 0.9f / 7.0f : 1.0f / 15.0f;
+    a.grid.bits = layer_.bits;
+    const float levels = (1 << layer_.bits) - 1;
+    a.grid.range_to_scale = layer_.symmetric ? 0.9f / (levels / 2 - 0.5f) : 1.0f / levels;
     a.grid.hadamard_block = layer_.hadamard_block;
     a.grid.hadamard_core = layer_.hadamard_core;
     if (layer_.hadamard_block) a.grid.hadamard_norm = 1.0f / std::sqrt(layer_.hadamard_block);
@@ -111,7 +115,7 @@ class LinearProblem {
       std::vector<Group> groups;
       for (int g = 0; g < layer_.groups; ++g) {
         groups.emplace_back(&row[g * layer_.group_size], layer_.group_size, grid.range_to_scale,
-                            layer_.symmetric, false);
+                            layer_.symmetric, false, layer_.bits);
       }
       for (int n = 0; n < layer_.out_features; ++n) {
         double sum = layer_.bias ? bias_[n] : 0.0, size = std::abs(sum);

@@ -74,8 +74,13 @@ void test_linear(const std::vector<int>& isas) {
     }
     for (Codes codes : {Codes::kLowest, Codes::kHighest}) {
       for (bool symmetric : {false, true}) {
-        test_layer({11, 2, group_size, 32, false, false, symmetric, DType::kFloat32, 0, 1, codes},
-                   isas);
+        for (int bits : {4, 8}) {
+          for (int tokens : {1, 30}) {
+            test_layer({tokens, 2, group_size, 80, false, false, symmetric, DType::kFloat32, 0, 1,
+                        codes, bits},
+                       isas);
+          }
+        }
       }
     }
   }

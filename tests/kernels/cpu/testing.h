@@ -155,7 +155,8 @@ struct Group {
   float scale, offset;
   std::vector<int> codes;
 
-  Group(const float* x, int size, float range_to_scale, bool symmetric, bool half_parameters) {
+  Group(const float* x, int size, float range_to_scale, bool symmetric, bool half_parameters,
+        int bits = 4) {
     float low = x[0], high = x[0];
     for (int i = 1; i < size; ++i) {
       low = std::fmin(low, x[i]);
@@ -170,7 +171,8 @@ struct Group {
     const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
     for (int i = 0; i < size; ++i) {
       const float code = std::nearbyint((x[i] - offset) * inverse);
-      codes.push_back(static_cast<int>(std::fmax(-8.0f, std::fmin(7.0f, code))));
+      const float most = (1 << (bits - 1)) - 1;
+      codes.push_back(static_cast<int>(std::fmax(-most - 1, std::fmin(most, code))));
     }
   }
 };

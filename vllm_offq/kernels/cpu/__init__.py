@@ -15,7 +15,7 @@ from vllm_offq.errors import UserError
 from vllm_offq.kernels.cpu import library
 from vllm_offq.kernels.cpu.library import DTYPES
 from vllm_offq.kernels.reference import Weight
-from vllm_offq.quantizer import CODE_MAX, CODE_MIN
+from vllm_offq.quantizer import range_to_scale
 from vllm_offq.rotation import hadamard_core
 
 TILE, BLOCK, MAX_SEGMENT, MAX_CORE = 16, 8, 256, 256
@@ -59,11 +59,11 @@ def prepare_weight(weight_packed: Tensor, weight_scale: Tensor, group_size: int)
 
 @cache
 def input_grid(
-    group_size: int, rotation_block_size: int, clip_ratio: float, symmetric: bool
+    group_size: int, rotation_block_size: int, clip_ratio: float, symmetric: bool, bits: int
 ) -> tuple[library.InputGrid, Tensor | None]:
     """The grid as the library reads it, and the matrix it points into."""
-    levels = CODE_MAX if symmetric else CODE_MAX - CODE_MIN
-    grid = library.InputGrid(group_size, int(symmetric), clip_ratio / levels)
+    factor = range_to_scale(clip_ratio, symmetric, bits)
+    grid = library.InputGrid(group_size, int(symmetric), bits, factor)
     if not rotation_block_size:
         return grid, None
     core = hadamard_core(rotation_block_size).float()
@@ -89,6 +89,7 @@ def linear(
     rotation_block_size: int,
     clip_ratio: float,
     symmetric: bool,
+    bits: int = 4,
 ) -> Tensor:
     """See reference.linear. One call: Hadamard, codes, product, offset term, bias, rounding."""
     if x.stride(-1) != 1 or x.dim() != 2:
@@ -99,7 +100,7 @@ def linear(
         return y
     if bias is not None:
         bias = bias.to(x.dtype)
-    grid, _ = input_grid(group_size, rotation_block_size, clip_ratio, symmetric)
+    grid, _ = input_grid(group_size, rotation_block_size, clip_ratio, symmetric, bits)
     arguments = library.Linear(
         x.data_ptr(),
         y.data_ptr(),

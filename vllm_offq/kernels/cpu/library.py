@@ -23,6 +23,7 @@ class InputGrid(ctypes.Structure):
     _fields_ = (
         ("group_size", c_int32),
         ("symmetric", c_int32),
+        ("bits", c_int32),
         ("range_to_scale", c_float),
         ("hadamard_block", c_int32),
         ("hadamard_core", c_int32),

@@ -14,9 +14,10 @@ from vllm_offq.kernels.numba.compiling import Array, Floats3, Int, Int64s1, UInt
 from vllm_offq.kernels.numba.rows import from_half, group_range, quantize, to_half
 from vllm_offq.kernels.numba.tile import BLOCK_BYTES
 from vllm_offq.kernels.reference import rotate_heads
-from vllm_offq.quantizer import CODE_MAX, CODE_MIN
+from vllm_offq.quantizer import range_to_scale
 
-RANGE_TO_SCALE = np.float32(1 / (CODE_MAX - CODE_MIN))
+BITS = 4
+RANGE_TO_SCALE = np.float32(range_to_scale(1.0, symmetric=False, bits=BITS))
 
 
 class Pages(NamedTuple):
@@ -59,7 +60,7 @@ def quantize_head(x: Array, group_size: int, codes: Array, parameters: Array, st
         half_scale, half_offset = to_half(scale), to_half(offset)
         parameters[group * step], parameters[(groups + group) * step] = half_scale, half_offset
         target = codes[first : first + group_size]
-        quantize(x, first, from_half(half_scale), from_half(half_offset), target)
+        quantize(x, first, from_half(half_scale), from_half(half_offset), target, BITS)
 
 
 @kernel

@@ -22,7 +22,7 @@ from vllm_offq.kernels.numba.compiling import (
 from vllm_offq.kernels.numba.rows import block_hadamard, group_range, quantize
 from vllm_offq.kernels.numba.tile import multiply_segments
 from vllm_offq.kernels.reference import Weight
-from vllm_offq.quantizer import CODE_MAX, CODE_MIN
+from vllm_offq.quantizer import range_to_scale
 from vllm_offq.rotation import hadamard_core
 
 TOKENS = 256
@@ -37,8 +37,9 @@ def quantize_rows(
     norm: Float,
     group_size: Int,
     segment: Int,
-    range_to_scale: Float,
+    factor: Float,
     symmetric: Bool,
+    bits: Int,
     codes: Int8s3,
     scale: Floats2,
     offset: Floats2,
@@ -53,10 +54,11 @@ def quantize_rows(
         if block:
             block_hadamard(row, core, block, norm)
         for channel in range(0, len(row), group_size):
-            of_group = group_range(row, channel, group_size, range_to_scale, symmetric)
+            of_group = group_range(row, channel, group_size, factor, symmetric)
             for s in range(channel // segment, (channel + group_size) // segment):
                 scale[s, token], offset[s, token] = of_group
-                total = quantize(row, s * segment, *of_group, codes[s, token, :segment])
+                part = codes[s, token, :segment]
+                total = quantize(row, s * segment, *of_group, part, bits)
                 start[s, token] = -8 * total
 
 
@@ -97,7 +99,12 @@ def _rotation(block: int) -> tuple[np.ndarray, int, np.float32]:
 
 
 def rotate_quantize(
-    x: np.ndarray, group_size: int, rotation_block_size: int, clip_ratio: float, symmetric: bool
+    x: np.ndarray,
+    group_size: int,
+    rotation_block_size: int,
+    clip_ratio: float,
+    symmetric: bool,
+    bits: int,
 ) -> tuple[np.ndarray, ...]:
     """See reference.rotate_quantize; by segments, S for all channels.
 
@@ -105,12 +112,13 @@ def rotate_quantize(
     offset [S, T] float32; -8 times the sum of the codes [S, T] int32, because weights are stored
     + 8.
     """
-    segment, levels = segment_size(group_size), CODE_MAX if symmetric else CODE_MAX - CODE_MIN
+    segment = segment_size(group_size)
     shape = x.shape[1] // segment, x.shape[0]
     codes = np.zeros((*shape, -(-segment // BLOCK) * BLOCK), np.int8)
     scale, offset = np.empty(shape, np.float32), np.empty(shape, np.float32)
     quantized = codes, scale, offset, np.empty(shape, np.int32)
-    grid = group_size, segment, np.float32(clip_ratio / levels), symmetric
+    factor = np.float32(range_to_scale(clip_ratio, symmetric, bits))
+    grid = group_size, segment, factor, symmetric, bits
     quantize_rows(x, *_rotation(rotation_block_size), *grid, *quantized, count=len(x))
     return quantized
 
@@ -124,9 +132,10 @@ def linear(
     rotation_block_size: int,
     clip_ratio: float,
     symmetric: bool,
+    bits: int = 4,
 ) -> Tensor:
     """See reference.linear."""
-    grid = group_size, rotation_block_size, clip_ratio, symmetric
+    grid = group_size, rotation_block_size, clip_ratio, symmetric, bits
     scale = weight.scale.view(torch.int16).numpy().view(np.uint16)
     scale_step = TILE if scale.ndim == 3 else 0
     tiles = len(scale)

@@ -8,11 +8,9 @@ from numba.extending import intrinsic
 
 from vllm_offq.kernels.numba.compiling import Array, helper
 from vllm_offq.kernels.numba.llvm import FLOAT16, FLOAT32, I16, call
-from vllm_offq.quantizer import CODE_MAX, CODE_MIN
 
 ZERO, HALF, ONE, BYTE = (np.float32(value) for value in (0, 0.5, 1, 256))
 INFINITY = np.float32(np.inf)
-LOWEST, HIGHEST = np.float32(CODE_MIN), np.float32(CODE_MAX)
 
 ROUNDER = np.float32(1.5 * 2**23)
 """Added to a float32 below 2^22, it leaves the nearest integer in the low bits."""
@@ -72,15 +70,19 @@ def group_range(
 
 
 @helper
-def quantize(x: Array, first: int, scale: np.float32, offset: np.float32, codes: Array) -> np.int32:
+def quantize(
+    x: Array, first: int, scale: np.float32, offset: np.float32, codes: Array, bits: int
+) -> np.int32:
     """quantizer.quantize of x[first : first + len(codes)] into codes (int8). Returns their sum."""
+    least = -np.float32(1 << (bits - 1))
+    largest = -ONE - least
     inverse = ZERO if scale == ZERO else ONE / scale
     total = np.int32(0)
     for i in range(len(codes)):
         level = np.rint((x[first + i] - offset) * inverse)
         level = level if level == level else ZERO
-        level = level if level > LOWEST else LOWEST
-        code = np.int32(level if level < HIGHEST else HIGHEST)
+        level = level if level > least else least
+        code = np.int32(level if level < largest else largest)
         codes[i] = np.int8(code)
         total = np.int32(total + code)
     return total

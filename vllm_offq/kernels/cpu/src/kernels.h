@@ -24,7 +24,8 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 struct InputGrid {
   int32_t group_size;
   int32_t symmetric;
-  float range_to_scale;          // clip_ratio / 15, or / 7 if symmetric
+  int32_t bits;                  // of a code: 4 or 8
+  float range_to_scale;          // clip_ratio / 15, or / 7 if symmetric; of 8 bits / 255 or / 127
   int32_t hadamard_block;        // 0: none
   int32_t hadamard_core;         // order of the core: block = core * 2^k
   float hadamard_norm;           // 1 / sqrt(block)

@@ -33,7 +33,7 @@ void quantize_row(const Linear& a, int64_t token, float* row, const Codes& out, 
     for (int64_t part = 0; part < per_group; ++part) {
       const int64_t i = (group * per_group + part) * out.tokens + slot;
       const int32_t sum = quantize_group<S>(x + part * a.segment_size, a.segment_size, out.padded,
-                                            range, out.codes + i * out.padded);
+                                            range, out.codes + i * out.padded, grid.bits);
       out.scale[i] = range.scale;
       out.offset[i] = range.offset;
       out.start[i] = -8 * sum;
@@ -56,11 +56,11 @@ struct Piece {
   float* partial;
 };
 
-// partial += scale * acc + offset * sums of one segment, times the weights' own scale if it has
+// partial += scale * dot + offset * sums of one segment, times the weights' own scale if it has
 // one.
 template <class S, int M, int V, bool kGroupScale>
 __attribute__((always_inline)) inline void add_segment(const Linear& a, const Codes& x,
-                                                       typename S::Acc (&acc)[M][V], int64_t row,
+                                                       typename S::I (&dot)[M][V], int64_t row,
                                                        int64_t place, int64_t tile_stride,
                                                        bool is_first, float* partial) {
   using F = typename S::F;
@@ -76,7 +76,7 @@ __attribute__((always_inline)) inline void add_segment(const Linear& a, const Co
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       float* p = partial + m * kChannels + v * S::kLanes;
-      F product = S::to_float(S::widen(acc[m][v]));
+      F product = S::to_float(dot[m][v]);
       if constexpr (kGroupScale) product = S::mul(product, scales);
       const F sum = S::fma(S::set(x.offset[row + m]), sums, is_first ? S::zero() : S::load(p));
       S::store(p, S::fma(S::set(x.scale[row + m]), product, sum));
@@ -84,8 +84,9 @@ __attribute__((always_inline)) inline void add_segment(const Linear& a, const Co
   }
 }
 
-// M tokens from m0 on times V vectors of channels from n0 on, both counted within the piece.
-template <class S, int M, int V, bool kUnpacked>
+// M tokens from m0 on times V vectors of channels from n0 on, both counted within the piece. Codes
+// of 8 bits do not leave room for the sum of a segment in narrow lanes.
+template <class S, int M, int V, bool kBytes, bool kUnpacked>
 void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0, int64_t n0) {
   const int64_t segments = a.in_features / a.segment_size, blocks = x.padded / kBlock;
   const int64_t channel = piece.channel + n0;
@@ -95,22 +96,33 @@ void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0
   const int64_t ahead = M <= kMemoryBoundRows ? kChannels / kTile * piece.tile_stride : 0;
   for (int64_t s = piece.first; s < piece.last; ++s, codes += piece.segment_stride) {
     const int64_t row = s * x.tokens + m0, place = (channel / kTile * segments + s) * kTile;
-    typename S::Acc acc[M][V];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[m][v] = S::start(x.start[row + m]);
-    multiply_tiles<S, M, V, kUnpacked>(x.codes + row * x.padded, x.padded, codes, piece.tile_stride,
-                                       blocks, acc, ahead);
-    if (a.scale_per_group) {
-      add_segment<S, M, V, true>(a, x, acc, row, place, segments * kTile, s == 0, partial);
+    const int8_t* rows = x.codes + row * x.padded;
+    typename S::I dot[M][V];
+    if constexpr (kBytes) {
+      multiply_byte_tiles<S, M, V, kUnpacked>(rows, x.padded, x.start + row, codes,
+                                              piece.tile_stride, blocks, dot, ahead);
     } else {
-      add_segment<S, M, V, false>(a, x, acc, row, place, segments * kTile, s == 0, partial);
+      typename S::Acc acc[M][V];
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[m][v] = S::start(x.start[row + m]);
+      multiply_tiles<S, M, V, kUnpacked>(rows, x.padded, codes, piece.tile_stride, blocks, acc,
+                                         ahead);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) dot[m][v] = S::widen(acc[m][v]);
+    }
+    if (a.scale_per_group) {
+      add_segment<S, M, V, true>(a, x, dot, row, place, segments * kTile, s == 0, partial);
+    } else {
+      add_segment<S, M, V, false>(a, x, dot, row, place, segments * kTile, s == 0, partial);
     }
   }
 }
 
-template <class S>
+template <class S, bool kBytes>
 struct LinearRows {
   const Linear& a;
   const Codes& x;
@@ -125,14 +137,15 @@ struct LinearRows {
     if constexpr (2 * M >= S::kRows) {  // fewer rows are a block of their own
       if (piece.unpacked) {
         for (; n + kStep <= piece.channels; n += kStep)
-          linear_tile<S, M, kVectors, true>(a, x, piece, m0, n);
+          linear_tile<S, M, kVectors, kBytes, true>(a, x, piece, m0, n);
         for (; n < piece.channels; n += kTile)
-          linear_tile<S, M, kPerTile, true>(a, x, piece, m0, n);
+          linear_tile<S, M, kPerTile, kBytes, true>(a, x, piece, m0, n);
       }
     }
     for (; n + kStep <= piece.channels; n += kStep)
-      linear_tile<S, M, kVectors, false>(a, x, piece, m0, n);
-    for (; n < piece.channels; n += kTile) linear_tile<S, M, kPerTile, false>(a, x, piece, m0, n);
+      linear_tile<S, M, kVectors, kBytes, false>(a, x, piece, m0, n);
+    for (; n < piece.channels; n += kTile)
+      linear_tile<S, M, kPerTile, kBytes, false>(a, x, piece, m0, n);
   }
 };
 
@@ -225,7 +238,11 @@ int linear(const Linear& a) {
         }
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t m0 = count * tile / tiles, m1 = count * (tile + 1) / tiles;
-          with_rows<S::kRows>(m1 - m0, LinearRows<S>{a, x, piece, m0});
+          if (S::kNarrow && a.grid.bits == 8) {
+            with_rows<S::kRows>(m1 - m0, LinearRows<S, S::kNarrow>{a, x, piece, m0});
+          } else {
+            with_rows<S::kRows>(m1 - m0, LinearRows<S, false>{a, x, piece, m0});
+          }
         }
       }
       write_piece<S>(a, piece, count);

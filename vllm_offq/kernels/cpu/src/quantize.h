@@ -32,9 +32,10 @@ inline Range group_range(const float* x, int64_t n, float range_to_scale, bool s
 // quantizer.quantize of one group: n codes, then zeros up to `padded`. Returns their sum.
 template <class S>
 inline int32_t quantize_group(const float* x, int64_t n, int64_t padded, const Range& range,
-                              int8_t* codes) {
+                              int8_t* codes, int32_t bits = 4) {
   const typename S::F offset = S::set(range.offset), inverse = S::set(range.inverse);
-  const typename S::F low = S::set(-8.0f), high = S::set(7.0f);
+  const float least = -static_cast<float>(1 << (bits - 1));
+  const typename S::F low = S::set(least), high = S::set(-1.0f - least);
   typename S::I sum = S::int_zero();
   int64_t i = 0;
   for (; i + S::kLanes <= n; i += S::kLanes) {

@@ -110,6 +110,7 @@ struct Avx512Vnni {
   }
 
   using Acc = __m512i;
+  static constexpr bool kNarrow = false;
   static constexpr int kByteBlocks = 1 << 20;
   static Acc start(int32_t sum) { return _mm512_set1_epi32(sum); }
   static Acc multiply_add(Acc acc, U8 codes, I bytes) {

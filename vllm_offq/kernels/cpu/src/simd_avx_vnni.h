@@ -7,6 +7,7 @@ namespace offq {
 namespace {
 
 struct AvxVnni : Avx2 {
+  static constexpr bool kNarrow = false;
   static constexpr int kByteBlocks = 1 << 20;
   static Acc start(int32_t sum) { return _mm256_set1_epi32(sum); }
   static Acc multiply_add(Acc acc, U8 codes, I bytes) {

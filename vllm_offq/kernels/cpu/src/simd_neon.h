@@ -106,6 +106,7 @@ struct NeonDotprod {
   }
 
   using Acc = I;
+  static constexpr bool kNarrow = false;
   static constexpr int kByteBlocks = 1 << 20;
   static Acc start(int32_t sum) { return int_set(sum); }
   static Acc multiply_add(Acc acc, U8 codes, int8x16_t bytes) {

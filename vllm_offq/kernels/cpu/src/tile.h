@@ -89,10 +89,11 @@ inline void unpack_blocks(const uint8_t* codes, int64_t blocks, uint8_t* out) {
 
 // The same sums as int32 lanes, from start[m] on, for rows of any signed bytes: the narrow lanes of
 // AVX2 are emptied in time.
-template <class S, int M, int V>
+template <class S, int M, int V, bool kUnpacked = false>
 __attribute__((always_inline)) inline void multiply_byte_tiles(
     const int8_t* rows, int64_t row_stride, const int32_t* start, const uint8_t* codes,
-    int64_t tile_stride, int64_t blocks, typename S::I (&sum)[M][V]) {
+    int64_t tile_stride, int64_t blocks, typename S::I (&sum)[M][V], int64_t ahead = 0) {
+  constexpr int kBlockBytes = kUnpacked ? kUnpackedBlockBytes : kTileBlockBytes;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -103,8 +104,8 @@ __attribute__((always_inline)) inline void multiply_byte_tiles(
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[m][v] = S::start(0);
-    multiply_tiles<S, M, V>(rows + b * kBlock, row_stride, codes + b * kTileBlockBytes, tile_stride,
-                            min_of(blocks - b, S::kByteBlocks), acc);
+    multiply_tiles<S, M, V, kUnpacked>(rows + b * kBlock, row_stride, codes + b * kBlockBytes,
+                                       tile_stride, min_of(blocks - b, S::kByteBlocks), acc, ahead);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(25))
 """Shrink factors of the absolute maximum that the scale search tries."""
 BLOCK_SIZE = 128
+ROWS_AT_ONCE = 4096
+"""Of a head, whose temporary copies would otherwise be the largest tensors of a run."""
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a fraction of its mean."""
 
@@ -63,9 +65,12 @@ def round_to_nearest(
 
 def round_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The output head: 8-bit codes [N, K] int8 and scales [N, 1] float16. weight: [N, K]."""
-    scale = stored_scale(weight.float().abs().amax(1, keepdim=True) / HEAD_CODE_MAX)
-    codes = (weight.float() / scale).round().clamp(-HEAD_CODE_MAX, HEAD_CODE_MAX)
-    return codes.to(torch.int8), scale.half()
+    codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
+    parts = (part.split(ROWS_AT_ONCE) for part in (weight, codes, scales))
+    for rows, row_codes, row_scales in zip(*parts, strict=True):
+        row_scales.copy_(stored_scale(rows.abs().amax(1, keepdim=True).float() / HEAD_CODE_MAX))
+        row_codes.copy_((rows / row_scales).round().clamp(-HEAD_CODE_MAX, HEAD_CODE_MAX))
+    return codes, scales.half()
 
 
 def gptq(weight: Tensor, hessian: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,14 @@ from rich.table import Table
 from benchmarks.gguf_model import write_gguf
 from benchmarks.serving import (
     WORK,
+    Cores,
+    DTypes,
+    InputLen,
+    JsonPath,
+    Kernels,
+    OffQ,
+    Original,
+    OutputLen,
     Run,
     Workload,
     configurations,
@@ -30,7 +38,6 @@ from benchmarks.serving import (
     environment,
     measure,
 )
-from vllm_offq.kernels import OVERRIDE
 
 REQUESTS = 3  # to vLLM in every round, one after the other
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python'
@@ -90,24 +97,18 @@ def tabulate(speeds: Sequence[Speed], title: str) -> Table:
 
 
 def main(
-    original: Annotated[Path, typer.Argument(help="Hugging Face folder: weights and tokenizer.")],
-    offq: Annotated[
-        Path | None, typer.Argument(help="OffQ checkpoint of it; without, only the original.")
-    ] = None,
+    original: Original,
+    offq: OffQ = None,
     llama_python: Annotated[Path, typer.Option(help="A Python that has llama-cpp-python.")] = Path(
         sys.executable
     ),
-    dtypes: Annotated[str, typer.Option(help="In which vLLM serves.")] = "float32,bfloat16",
-    input_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    output_len: Annotated[int, typer.Option(help="Tokens of the reply.", min=2)] = 128,
+    dtypes: DTypes = "float32,bfloat16",
+    input_len: InputLen = 512,
+    output_len: OutputLen = 128,
     rounds: Annotated[int, typer.Option(help="Starts of each engine.")] = 3,
-    cores: Annotated[
-        str, typer.Option(help="VLLM_CPU_OMP_THREADS_BIND; llama.cpp gets the same cores.")
-    ] = "auto",
-    kernels: Annotated[str | None, typer.Option(help=OVERRIDE)] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write every round's numbers here.")
-    ] = None,
+    cores: Cores = "auto",
+    kernels: Kernels = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Prefill and decode speed of llama.cpp and of vLLM serving ORIGINAL and OFFQ, one stream."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers end with us

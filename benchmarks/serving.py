@@ -30,6 +30,20 @@ NAME = "benchmarked"  # under which every model is served
 COLUMNS = ("out\ntok/s", "TTFT\nmean", "TTFT\nmedian", "TPOT\nmedian", "peak\nRSS", "check-\npoint")
 FORMS = (".1f", ".0f", ".0f", ".1f", ".0f", ".0f")
 
+# Options of the benchmarks that serve.
+Original = Annotated[Path, typer.Argument(help="Hugging Face folder: weights and tokenizer.")]
+OffQ = Annotated[
+    Path | None, typer.Argument(help="OffQ checkpoint of it; without, only the original.")
+]
+DTypes = Annotated[str, typer.Option(help="In which vLLM serves.")]
+InputLen = Annotated[int, typer.Option(help="Tokens of a prompt.")]
+OutputLen = Annotated[int, typer.Option(help="Tokens of a reply.", min=2)]
+Cores = Annotated[
+    str, typer.Option(help="VLLM_CPU_OMP_THREADS_BIND; `auto` leaves one to the API server.")
+]
+Kernels = Annotated[str | None, typer.Option(help=OVERRIDE)]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write every round's numbers here.")]
+
 console = Console(highlight=False)
 
 
@@ -215,23 +229,17 @@ def tabulate(runs: Sequence[Run], configured: Sequence[Configuration], title: st
 
 
 def main(
-    original: Annotated[Path, typer.Argument(help="Hugging Face folder: weights and tokenizer.")],
-    offq: Annotated[
-        Path | None, typer.Argument(help="OffQ checkpoint of it; without, only the original.")
-    ] = None,
-    dtypes: Annotated[str, typer.Option(help="In which both are served.")] = "float32,bfloat16",
-    input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
-    output_len: Annotated[int, typer.Option(help="Tokens of a reply.", min=2)] = 128,
+    original: Original,
+    offq: OffQ = None,
+    dtypes: DTypes = "float32,bfloat16",
+    input_len: InputLen = 512,
+    output_len: OutputLen = 128,
     concurrency: Annotated[str, typer.Option(help="Numbers of concurrent streams.")] = "1,8",
     requests: Annotated[int, typer.Option(help="Of each stream, one after the other.")] = 3,
     rounds: Annotated[int, typer.Option(help="Server starts of each configuration.")] = 3,
-    cores: Annotated[
-        str, typer.Option(help="VLLM_CPU_OMP_THREADS_BIND; `auto` leaves one to the API server.")
-    ] = "auto",
-    kernels: Annotated[str | None, typer.Option(help=OVERRIDE)] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write every round's numbers here.")
-    ] = None,
+    cores: Cores = "auto",
+    kernels: Kernels = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Serve ORIGINAL and OFFQ in turn, load them with `vllm bench serve`, and compare."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers end with us

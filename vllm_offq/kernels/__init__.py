@@ -29,29 +29,29 @@ class Backend(NamedTuple):
     why_not: Callable[[], str | None]
     """What keeps this machine from running it; None: nothing."""
     speed: str
-    """Said in the log where a faster backend cannot be used."""
+    """Said in the log where a faster backend cannot be used; benchmarks/results/backends.txt."""
 
 
 def _why_not_cpu() -> str | None:
     from vllm_offq.kernels.cpu.library import why_not_usable
 
-    return _has_gpu() or why_not_usable()
+    return _why_not_beside_gpu() or why_not_usable()
 
 
 def _why_not_numba() -> str | None:
     # Not imported to find out: it compiles its kernels then.
-    return _has_gpu() or (None if find_spec("numba") else "need numba; install it")
+    return _why_not_beside_gpu() or (None if find_spec("numba") else "need numba; install it")
 
 
-def _has_gpu() -> str | None:
+def _why_not_beside_gpu() -> str | None:
     return "are for machines without a GPU" if torch.cuda.is_available() else None
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend("vllm_offq.kernels.cpu", _why_not_cpu, "the fastest"),
-    "numba": Backend("vllm_offq.kernels.numba", _why_not_numba, "1.3 to 2.7 times slower"),
+    "numba": Backend("vllm_offq.kernels.numba", _why_not_numba, "1.4 to 5.5 times slower"),
     "reference": Backend(
-        "vllm_offq.kernels.reference", lambda: None, "plain PyTorch, many times slower"
+        "vllm_offq.kernels.reference", lambda: None, "plain PyTorch, 4 to 200 times slower"
     ),
 }
 """By falling preference."""

@@ -8,7 +8,6 @@ from vllm_offq.kernels.cpu import KV_MULTIPLE, prepare_weight
 from vllm_offq.kernels.numba.attention import paged_attention
 from vllm_offq.kernels.numba.kv_store import kv_store
 from vllm_offq.kernels.numba.linear import linear
-from vllm_offq.kernels.reference import rotate_heads
 
 __all__ = [
     "KV_MULTIPLE",
@@ -16,5 +15,4 @@ __all__ = [
     "linear",
     "paged_attention",
     "prepare_weight",
-    "rotate_heads",
 ]

@@ -138,6 +138,7 @@ struct Avx2 {
 
   // Pairs of products add up in int16 lanes; widen() makes them the int32 sum of four.
   using Acc = __m256i;
+  // They do not hold a segment's sum of 8-bit codes.
   static constexpr bool kNarrow = true;
   // Blocks whose products by signed bytes fit the int16 lanes: 4 * 4 * 15 * 128 < 2^15.
   static constexpr int kByteBlocks = 4;

@@ -98,8 +98,9 @@ def test_slower_kernels_are_announced(
     log = logging.Logger("test", logging.INFO)
     log.addHandler(caplog.handler)
     monkeypatch.setattr(kernels, "logger", log)
-    library.load.cache_clear()
-    library.usable_isas.cache_clear()
+    cached = library.load, library.is_outdated, library.usable_isas
+    for function in cached:
+        function.cache_clear()
     for obstacle in ("not built .* install GCC 11", "cannot be loaded"):
         kernels.backend.cache_clear()
         assert kernels.backend().__name__ != "vllm_offq.kernels.cpu"
@@ -107,8 +108,8 @@ def test_slower_kernels_are_announced(
         assert len(caplog.records) == 1
         caplog.clear()
         library.LIBRARY.write_bytes(b"no library")
-    kernels.backend.cache_clear()
-    library.usable_isas.cache_clear()
+    for function in (kernels.backend, *cached):
+        function.cache_clear()
 
 
 def test_unquantized_model_is_refused() -> None:

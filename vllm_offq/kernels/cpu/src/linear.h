@@ -43,7 +43,7 @@ void quantize_row(const Linear& a, int64_t token, float* row, const Codes& out, 
 
 constexpr int64_t kTokens = 128;   // of a block: its codes stay in the second-level cache
 constexpr int64_t kChannels = 64;  // of a piece of the output
-constexpr int kMemoryBoundRows = 4;
+constexpr int kMemoryBoundRows = 12;
 constexpr int64_t kChunk = 256;  // input channels whose unpacked codes stay in the first level
 
 // A piece of the output: tokens of the block that starts at `start`, up to kChannels channels, and
@@ -90,12 +90,14 @@ template <class S, int M, int V, bool kBytes, bool kUnpacked>
 void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0, int64_t n0) {
   const int64_t segments = a.in_features / a.segment_size, blocks = x.padded / kBlock;
   const int64_t channel = piece.channel + n0;
-  const uint8_t* codes = piece.codes + n0 / kTile * piece.tile_stride;
+  const uint8_t* codes =
+      piece.codes + n0 / kTile * piece.tile_stride + n0 % kTile * (kTileBlockBytes / kTile);
   float* partial = piece.partial + m0 * kChannels + n0;
   // Few rows wait for memory, and the processor's own prefetcher stumbles at the end of each tile.
   const int64_t ahead = M <= kMemoryBoundRows ? kChannels / kTile * piece.tile_stride : 0;
   for (int64_t s = piece.first; s < piece.last; ++s, codes += piece.segment_stride) {
-    const int64_t row = s * x.tokens + m0, place = (channel / kTile * segments + s) * kTile;
+    const int64_t row = s * x.tokens + m0;
+    const int64_t place = (channel / kTile * segments + s) * kTile + channel % kTile;
     const int8_t* rows = x.codes + row * x.padded;
     typename S::I dot[M][V];
     if constexpr (kBytes) {
@@ -134,18 +136,20 @@ struct LinearRows {
     constexpr int kVectors = S::vectors(M), kStep = kVectors * S::kLanes;
     constexpr int kPerTile = kTile / S::kLanes;
     int64_t n = 0;
-    if constexpr (2 * M >= S::kRows) {  // fewer rows are a block of their own
+    if constexpr (2 * M >= S::kRows && M <= S::kRows) {  // others are a block of their own
       if (piece.unpacked) {
         for (; n + kStep <= piece.channels; n += kStep)
           linear_tile<S, M, kVectors, kBytes, true>(a, x, piece, m0, n);
-        for (; n < piece.channels; n += kTile)
-          linear_tile<S, M, kPerTile, kBytes, true>(a, x, piece, m0, n);
+        if constexpr (kStep > kTile)
+          for (; n < piece.channels; n += kTile)
+            linear_tile<S, M, kPerTile, kBytes, true>(a, x, piece, m0, n);
       }
     }
     for (; n + kStep <= piece.channels; n += kStep)
       linear_tile<S, M, kVectors, kBytes, false>(a, x, piece, m0, n);
-    for (; n < piece.channels; n += kTile)
-      linear_tile<S, M, kPerTile, kBytes, false>(a, x, piece, m0, n);
+    if constexpr (kStep > kTile)
+      for (; n < piece.channels; n += kTile)
+        linear_tile<S, M, kPerTile, kBytes, false>(a, x, piece, m0, n);
   }
 };
 
@@ -184,7 +188,7 @@ int linear(const Linear& a) {
   const int64_t row_size = round_up(a.in_features, kTile), partial_size = tokens * kChannels;
   // One tile of rows walks over all segments at once. Several share the codes of a few segments,
   // unpacked for them.
-  const bool unpack = tokens > S::kRows;
+  const bool unpack = tokens > S::kMaxRows;
   const int64_t chunk = unpack ? max_of(1, kChunk / x.padded) : segments;
   const int64_t panel_size = unpack ? kChannels / kTile * chunk * 2 * segment_bytes : 0;
 
@@ -206,7 +210,8 @@ int linear(const Linear& a) {
 
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start < a.tokens; start += tokens) {
-    const int64_t count = min_of(a.tokens - start, tokens), tiles = ceil_div(count, S::kRows);
+    const int64_t count = min_of(a.tokens - start, tokens);
+    const int64_t tiles = unpack ? ceil_div(count, S::kRows) : 1;
     const int thread = omp_get_thread_num();
     uint8_t* panel = panels + thread * panel_size;
 #pragma omp for schedule(static)
@@ -239,9 +244,9 @@ int linear(const Linear& a) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t m0 = count * tile / tiles, m1 = count * (tile + 1) / tiles;
           if (S::kNarrow && a.grid.bits == 8) {
-            with_rows<S::kRows>(m1 - m0, LinearRows<S, S::kNarrow>{a, x, piece, m0});
+            with_rows<S::kMaxRows>(m1 - m0, LinearRows<S, S::kNarrow>{a, x, piece, m0});
           } else {
-            with_rows<S::kRows>(m1 - m0, LinearRows<S, false>{a, x, piece, m0});
+            with_rows<S::kMaxRows>(m1 - m0, LinearRows<S, false>{a, x, piece, m0});
           }
         }
       }

@@ -12,9 +12,11 @@ struct Avx2 {
   using F = __m256;
   using I = __m256i;
   static constexpr int kLanes = 8;
-  // Rows and vectors of the largest register tile: 12 of the 16 registers accumulate.
+  // Rows of a register tile where there are many, and of the largest: 12 of the 16 registers
+  // accumulate.
   static constexpr int kRows = 6;
-  static constexpr int vectors(int) { return 2; }
+  static constexpr int kMaxRows = 12;
+  static constexpr int vectors(int rows) { return rows <= kRows ? 2 : 1; }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }

@@ -13,6 +13,7 @@ struct Avx512Vnni {
   using I = __m512i;
   static constexpr int kLanes = 16;
   static constexpr int kRows = 10;
+  static constexpr int kMaxRows = kRows;
   // Few rows need more vectors, for the multiply-adds in flight.
   static constexpr int vectors(int rows) { return rows <= 4 ? 4 : 2; }
 

@@ -14,6 +14,7 @@ struct NeonDotprod {
   static constexpr int kLanes = 4;
   // 16 of the 32 registers accumulate: from 20 on GCC spills.
   static constexpr int kRows = 4;
+  static constexpr int kMaxRows = kRows;
   // One row needs more vectors, for the products in flight.
   static constexpr int vectors(int rows) { return rows == 1 ? 8 : 4; }
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 VLLM = "0.32.0"
 TORCH = "2.13.0"
+TRITON = "3.9.0"
 BROKEN_BY_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +136,8 @@ def install_project() -> None:
     # vLLM has just brought setuptools, so the build needs no environment of its own.
     editable = ("--no-build-isolation", "-e", ".[calibration,dev]")
     # Verbose, because pip keeps what a build says to itself otherwise.
-    need(pip("-v", "-c", constraints(), *editable), "installing this project")
+    triton = f"triton=={TRITON}"  # instructions are counted as this one compiles
+    need(pip("-v", "-c", constraints(), triton, *editable), "installing this project")
     not_built = re.search(r"OffQ's CPU kernels were not built.*", LOG.read_text(errors="replace"))
     if not_built:
         step(not_built[0])

@@ -285,7 +285,8 @@ def test_unsupported_attention_is_refused_by_name(change: dict[str, Any], messag
 def test_sizes_between_the_steps_of_the_kernels_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels.backend(), "KV_MULTIPLE", 32)
+    features = kernels.backend().FEATURES._replace(kv_multiple=32)
+    monkeypatch.setattr(kernels.backend(), "FEATURES", features)
     with pytest.raises(UserError, match=r"head size or group that 32, .* --kv-bits 16"):
         kv_cache_method().create_weights(attention_layer(head_size=16))
     assert [size for size in (32, 48, 64) if backend_for(16).supports_block_size(size)] == [32, 64]

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -60,6 +61,7 @@ class OffQKVCacheMethod(BaseKVCacheMethod):
             layer.num_kv_heads,
             sliding_window=layer.sliding_window,
             group_size=self.kv_cache.group_size,
+            logits_soft_cap=chosen.logits_soft_cap,
         )
         if self.kv_cache.key_rotation:
             shape = (layer.num_kv_heads, layer.head_size, layer.head_size)
@@ -81,16 +83,18 @@ class OffQKVCacheMethod(BaseKVCacheMethod):
 
 def refuse_unsupported_attention(layer: Attention, group_size: int) -> None:
     """Raises: UserError naming the first property of the layer that would be dropped."""
-    chosen, multiple = layer.impl, backend().KV_MULTIPLE
+    chosen, features = layer.impl, backend().FEATURES
+    multiple, most = features.kv_multiple, features.max_head_groups
     refused = {
         f"a head size that {group_size} does not divide": layer.head_size % group_size,
         f"a head size or group that {multiple}, the step of its kernels, does not divide": (
             layer.head_size % multiple or group_size % multiple
         ),
+        f"more than {most} groups in a head": most and layer.head_size > most * group_size,
         "a value head size other than the key head size": layer.head_size_v != layer.head_size,
         f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
         "ALiBi": chosen.alibi_slopes is not None or layer.use_alibi_sqrt,
-        "a logits soft cap": chosen.logits_soft_cap,
+        "a logits soft cap": chosen.logits_soft_cap and not features.soft_cap,
         "attention sinks": layer.has_sink,
         "a bidirectional multimodal prefix": layer.use_mm_prefix,
         "a KV cache shared between layers": layer.kv_sharing_target_layer_name is not None,
@@ -130,10 +134,12 @@ class OffQAttentionMetadata(AttentionMetadata):
     """One step's ragged batch."""
 
     num_tokens: int
+    max_query_len: int
+    """No request has more new tokens."""
     block_table: Tensor
     """[requests, blocks] int32."""
     query_start_loc: Tensor
-    """[requests + 1] int32, on the host."""
+    """[requests + 1] int32."""
     seq_lens: Tensor
     """[requests] int32."""
 
@@ -150,6 +156,15 @@ class OffQAttentionMetadataBuilder(AttentionMetadataBuilder[OffQAttentionMetadat
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: object, kv_cache_spec: object
+    ) -> AttentionCGSupport:
+        """Any batch, if the kernels never wait for the GPU to see what a tensor holds."""
+        if backend().FEATURES.cuda_graphs:
+            return AttentionCGSupport.ALWAYS
+        return AttentionCGSupport.NEVER
+
     def build(
         self,
         common_prefix_len: int,
@@ -160,8 +175,9 @@ class OffQAttentionMetadataBuilder(AttentionMetadataBuilder[OffQAttentionMetadat
             raise NotImplementedError("OffQ's 4-bit KV cache supports causal attention only")
         return OffQAttentionMetadata(
             num_tokens=common_attn_metadata.num_actual_tokens,
+            max_query_len=common_attn_metadata.max_query_len,
             block_table=common_attn_metadata.block_table_tensor,
-            query_start_loc=common_attn_metadata.query_start_loc_cpu,
+            query_start_loc=common_attn_metadata.query_start_loc,
             seq_lens=common_attn_metadata.seq_lens,
         )
 
@@ -177,6 +193,7 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
         num_kv_heads: int,
         sliding_window: int | None,
         group_size: int,
+        logits_soft_cap: float | None = None,
     ) -> None:
         self.num_heads = num_heads
         self.head_size = head_size
@@ -184,6 +201,7 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
         self.num_kv_heads = num_kv_heads
         self.sliding_window = sliding_window
         self.group_size = group_size
+        self.logits_soft_cap = logits_soft_cap
         self.kv_cache_dtype = "auto"
 
     def do_kv_cache_update(
@@ -227,6 +245,8 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
             self.group_size,
             self.sliding_window,
             getattr(layer, KEY_ROTATION, None),
+            max_query_len=attn_metadata.max_query_len,
+            logits_soft_cap=self.logits_soft_cap,
         )
         return output
 
@@ -262,7 +282,7 @@ class OffQAttentionBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: object = None,
     ) -> list[int | MultipleOf]:
-        return [MultipleOf(backend().KV_MULTIPLE)]
+        return [MultipleOf(backend().FEATURES.kv_multiple)]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -37,6 +37,18 @@ def float32_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def triton_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The kernels, backend and metadata of a GPU, interpreted."""
+    pytest.importorskip("triton")
+    options = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "64"]
+    options += ["--max-num-seqs", "4", "--max-model-len", "256"]
+    kernels = {"VLLM_OFFQ_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    folder = tmp_path_factory.mktemp("triton")
+    with serve_tiny(checkpoint, folder, *options, environment=kernels) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def bfloat16_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Compiled, and without any option about quantization."""
     if shutil.which("g++") is None:

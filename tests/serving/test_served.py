@@ -117,6 +117,18 @@ def test_float32_server_answers_what_transformers_calculates(
         assert_same_in_float32(ask(float32_server.url, prompt), wanted)
 
 
+def test_triton_kernels_answer_what_transformers_calculates(
+    triton_server: Server, prompts: list[list[int]], expected: list[Answer]
+) -> None:
+    """What a GPU would run has served requests: alone, in a batch, in chunks."""
+    asked = partial(ask, triton_server.url)
+    with ThreadPoolExecutor() as pool:
+        together = list(pool.map(asked, prompts))
+    alone = asked(prompts[0])
+    for answer, wanted in zip([alone, *together], [expected[0], *expected], strict=True):
+        assert_same_in_float32(answer, wanted)
+
+
 def test_concurrent_requests_get_the_answers_they_get_alone(
     float32_server: Server, prompts: list[list[int]], expected: list[Answer]
 ) -> None:

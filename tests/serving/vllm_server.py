@@ -1,7 +1,7 @@
 """The project's `vllm serve`, as the tests want it: a small cache, its own compilation cache."""
 
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,11 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def serve_tiny(model: Path, folder: Path, *options: str) -> Iterator[Server]:
+def serve_tiny(
+    model: Path, folder: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Run `vllm serve MODEL OPTIONS` under the name `tiny`; log and compilation cache in folder."""
-    environment = ENVIRONMENT | {"VLLM_CACHE_ROOT": str(folder / "cache")}
+    environment = {**ENVIRONMENT, "VLLM_CACHE_ROOT": str(folder / "cache"), **(environment or {})}
     arguments = [*options, "--served-model-name", "tiny"]
     with serve(model, folder / "server.log", *arguments, environment=environment) as server:
         yield server

@@ -1,6 +1,6 @@
 """Arithmetic of OffQ. Knows tensors, not vLLM.
 
-Every backend is a module with these names of `reference`: KV_MULTIPLE, prepare_weight, linear,
+Every backend is a module with these names of `reference`: FEATURES, prepare_weight, linear,
 kv_store, paged_attention. Callers take them from backend().
 """
 
@@ -26,10 +26,20 @@ class Backend(NamedTuple):
     """A module of kernels."""
 
     module: str
+    for_gpu: bool | None
+    """Whether for machines with a GPU, or without; None: for any."""
     why_not: Callable[[], str | None]
     """What keeps this machine from running it; None: nothing."""
     speed: str
     """Said in the log where a faster backend cannot be used; benchmarks/results/backends.txt."""
+
+
+def _why_not_triton() -> str | None:
+    if not find_spec("triton"):
+        return "need triton; install it"
+    from vllm_offq.kernels.triton.target import why_not_usable
+
+    return why_not_usable()
 
 
 def _why_not_cpu() -> str | None:
@@ -48,10 +58,14 @@ def _why_not_beside_gpu() -> str | None:
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend("vllm_offq.kernels.cpu", _why_not_cpu, "the fastest"),
-    "numba": Backend("vllm_offq.kernels.numba", _why_not_numba, "1.2 to 3.7 times slower"),
+    "triton": Backend("vllm_offq.kernels.triton", True, _why_not_triton, "the fastest"),
+    "cpu": Backend("vllm_offq.kernels.cpu", False, _why_not_cpu, "the fastest"),
+    "numba": Backend("vllm_offq.kernels.numba", False, _why_not_numba, "1.2 to 3.7 times slower"),
     "reference": Backend(
-        "vllm_offq.kernels.reference", lambda: None, "plain PyTorch, 5 to 280 times slower"
+        "vllm_offq.kernels.reference",
+        None,
+        lambda: None,
+        "plain PyTorch, on a CPU 5 to 280 times slower",
     ),
 }
 """By falling preference."""
@@ -59,7 +73,8 @@ BACKENDS: dict[str, Backend] = {
 
 @cache
 def backend() -> ModuleType:
-    """The kernels of this process: the first usable ones, or those that VLLM_OFFQ_KERNELS names.
+    """The kernels of this process: the first usable ones of those for this machine, or those that
+    VLLM_OFFQ_KERNELS names.
 
     Says once in the log which, and what keeps faster ones from being used.
     Raises: UserError if VLLM_OFFQ_KERNELS names none that this machine can run.
@@ -67,14 +82,16 @@ def backend() -> ModuleType:
     obstacles = {name: entry.why_not() for name, entry in BACKENDS.items()}
     usable = [name for name, obstacle in obstacles.items() if obstacle is None]
     override = os.environ.get(OVERRIDE)
-    name = override or usable[0]
+    has_gpu = torch.cuda.is_available()
+    suited = [name for name, entry in BACKENDS.items() if entry.for_gpu in (None, has_gpu)]
+    name = override or next(name for name in suited if name in usable)
     if name not in usable:
         reason = f": they {obstacles[name]}" if name in obstacles else ""
         raise UserError(
             f"{OVERRIDE}={name} is not available here{reason}; unset it or choose from "
             + ", ".join(usable)
         )
-    fastest = next(iter(BACKENDS))
+    fastest = suited[0]
     if override or name == fastest:
         logger.info("OffQ uses the %s kernels", name)
     else:

@@ -12,8 +12,21 @@ from vllm_offq.format import unpack_int4
 from vllm_offq.quantizer import dequantize, group_range, quantize
 from vllm_offq.rotation import apply_block_hadamard
 
-KV_MULTIPLE = 1
-"""What block size, head size and group size of a KV cache must be multiples of."""
+
+class Features(NamedTuple):
+    """What the attention of a backend can do."""
+
+    kv_multiple: int
+    """What block size, head size and group size of a KV cache must be multiples of."""
+    max_head_groups: int | None
+    """Most groups of a head; None: any number."""
+    soft_cap: bool
+    """Whether it takes logits_soft_cap."""
+    cuda_graphs: bool
+    """Whether a step can be recorded and replayed: nothing waits for a GPU to read its tensors."""
+
+
+FEATURES = Features(kv_multiple=1, max_head_groups=None, soft_cap=True, cuda_graphs=False)
 
 
 class Weight(NamedTuple):
@@ -183,13 +196,17 @@ def paged_attention(
     group_size: int,
     sliding_window: int | None = None,
     rotation: Tensor | None = None,
+    max_query_len: int | None = None,
+    logits_soft_cap: float | None = None,
 ) -> None:
     """Causal attention of a ragged batch over packed pages.
 
     query: [T, H, D], rotated here like the keys; block_table: [R, B] int32; seq_lens: [R] int32,
     context length of each request, the new tokens included; query_start_loc: [R + 1] int32, row
     bounds; output: [T, H, D], written in place; sliding_window: how many last tokens, itself
-    included, a token sees; rotation: [H_kv, D, D] float32.
+    included, a token sees; rotation: [H_kv, D, D] float32; max_query_len: no request has more new
+    tokens, for backends that must not look at query_start_loc; logits_soft_cap: c of
+    c tanh(score / c), which takes the place of a score.
     """
     if rotation is not None:
         query = rotate_heads(query, rotation)
@@ -205,11 +222,14 @@ def paged_attention(
         visible = context <= position
         if sliding_window is not None:
             visible &= context > position - sliding_window
-        output[start:end] = torch.nn.functional.scaled_dot_product_attention(
-            query[start:end].float().transpose(0, 1),
-            key,
-            value,
-            attn_mask=visible,
-            scale=scale,
-            enable_gqa=True,
-        ).transpose(0, 1)
+        new = query[start:end].float().transpose(0, 1)
+        if not logits_soft_cap:
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                new, key, value, attn_mask=visible, scale=scale, enable_gqa=True
+            )
+        else:
+            key, value = (x.repeat_interleave(len(new) // len(x), 0) for x in (key, value))
+            scores = new @ key.transpose(1, 2) * scale
+            scores = logits_soft_cap * (scores / logits_soft_cap).tanh()
+            attended = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
+        output[start:end] = attended.transpose(0, 1)

@@ -14,13 +14,13 @@ from torch import Tensor
 from vllm_offq.errors import UserError
 from vllm_offq.kernels.cpu import library
 from vllm_offq.kernels.cpu.library import DTYPES
-from vllm_offq.kernels.reference import Weight
+from vllm_offq.kernels.reference import Features, Weight
 from vllm_offq.quantizer import range_to_scale
 from vllm_offq.rotation import hadamard_core
 
 TILE, BLOCK, MAX_SEGMENT, MAX_CORE = 16, 8, 256, 256
 
-KV_MULTIPLE = TILE
+FEATURES = Features(kv_multiple=TILE, max_head_groups=None, soft_cap=False, cuda_graphs=False)
 
 
 @cache
@@ -180,8 +180,11 @@ def paged_attention(
     group_size: int,
     sliding_window: int | None = None,
     rotation: Tensor | None = None,
+    max_query_len: int | None = None,
+    logits_soft_cap: float | None = None,
 ) -> None:
-    """See reference.paged_attention."""
+    """See reference.paged_attention; without logits_soft_cap."""
+    assert not logits_soft_cap
     assert head_rows(output) is output and output.dtype == query.dtype
     assert {index.dtype for index in (block_table, seq_lens, query_start_loc)} == {torch.int32}
     query = head_rows(query)

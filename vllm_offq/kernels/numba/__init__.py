@@ -4,13 +4,13 @@ The functions of `reference`, with the same meaning; weights and pages are arran
 the C++ kernels, whose arithmetic this follows.
 """
 
-from vllm_offq.kernels.cpu import KV_MULTIPLE, prepare_weight
+from vllm_offq.kernels.cpu import FEATURES, prepare_weight
 from vllm_offq.kernels.numba.attention import paged_attention
 from vllm_offq.kernels.numba.kv_store import kv_store
 from vllm_offq.kernels.numba.linear import linear
 
 __all__ = [
-    "KV_MULTIPLE",
+    "FEATURES",
     "kv_store",
     "linear",
     "paged_attention",

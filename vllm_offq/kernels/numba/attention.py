@@ -230,8 +230,11 @@ def paged_attention(
     group_size: int,
     sliding_window: int | None = None,
     rotation: Tensor | None = None,
+    max_query_len: int | None = None,
+    logits_soft_cap: float | None = None,
 ) -> None:
-    """See reference.paged_attention."""
+    """See reference.paged_attention; without logits_soft_cap."""
+    assert not logits_soft_cap
     num_bytes = 3 if query.dtype == torch.float32 else 2  # float32 has 24 bits itself
     query = query.float() if rotation is None else rotate_heads(query, rotation)
     starts, kv_heads = query_start_loc.numpy(), kv_cache.shape[1]

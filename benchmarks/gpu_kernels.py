@@ -1,0 +1,149 @@
+"""The Triton kernels as each GPU would run them: registers, shared memory, main loop.
+
+    python -m benchmarks.gpu_kernels [--write]
+
+Compiled without a GPU; no figure is a time. --write keeps the instructions of every main loop in
+benchmarks/results/gpu_instructions.json, which a test compares with.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.runtime.jit import JITFunction
+
+from benchmarks.cross_compile import MMA, TARGETS, Compilation, Target, count, cross_compile
+from vllm_offq.kernels.triton.gemm import gemm_constants, gemm_kernel
+from vllm_offq.kernels.triton.gemm_config import CONFIGS, block_k
+from vllm_offq.kernels.triton.rotate_quantize import rotate_quantize_kernel, tile_shape
+from vllm_offq.kernels.triton.target import AMD, Gpu, nvidia
+
+INSTRUCTIONS = Path(__file__).parent / "results" / "gpu_instructions.json"
+
+
+class Variant(NamedTuple):
+    """A kernel as it is launched on one GPU."""
+
+    name: str
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible_by_16: tuple[str, ...]
+    options: dict[str, Any]
+
+    def compile(self, target: Target) -> Compilation:
+        return cross_compile(
+            self.kernel,
+            self.signature,
+            self.constants,
+            target,
+            self.divisible_by_16,
+            **self.options,
+        )
+
+
+def gpu_of(target: Target) -> Gpu:
+    """What the kernels see of a target."""
+    if target.gpu.backend == "hip":
+        return AMD
+    return nvidia(divmod(int(target.gpu.arch), 10))
+
+
+def variants(target: Target) -> Iterator[Variant]:
+    """All that serving a model in bfloat16 launches."""
+    yield from _gemms(gpu_of(target))
+    yield from _quantizations()
+
+
+def _gemms(gpu: Gpu) -> Iterator[Variant]:
+    for tokens, tile in CONFIGS[gpu.tensor_core].items():
+        for group_size, scale_per_group in (128, False), (128, True), (64, False):
+            split_k = 8 if tokens == 16 else 1
+            config = replace(tile, block_k=block_k(group_size), split_k=split_k)
+            integers = ("num_tokens", "token_stride", "out_features", "half_channels")
+            signature = {
+                "codes_ptr": "*i8" if config.wide else "*u8",
+                "scale_ptr": "*fp32",
+                "offset_ptr": "*fp32",
+                "weight_ptr": "*u8",
+                "weight_scale_ptr": "*fp16",
+                "weight_sums_ptr": "*i16",
+                "y_ptr": "*bf16" if split_k == 1 else "*fp32",
+                **dict.fromkeys((*integers, "num_groups", "steps_per_split"), "i32"),
+            }
+            constants = gemm_constants(gpu, config, group_size, scale_per_group, has_bias=False)
+            up_to = "more" if tokens is None else str(tokens)
+            scales = ", weight scales" if scale_per_group else ""
+            yield Variant(
+                f"gemm {up_to} tokens, groups of {group_size}{scales}",
+                gemm_kernel,
+                signature,
+                {**constants, "bias_ptr": None},
+                integers[1:],
+                {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            )
+
+
+def _quantizations() -> Iterator[Variant]:
+    for group_size, hadamard, wide in (128, 0, False), (128, 0, True), (128, 128, False):
+        rows, half, num_warps = tile_shape(group_size, hadamard, tokens=1024, element_size=2)
+        signature = {
+            "x_ptr": "*bf16",
+            "matrix_ptr": "*bf16",
+            "codes_ptr": "*i8" if wide else "*u8",
+            "scale_ptr": "*fp32",
+            "offset_ptr": "*fp32",
+            **dict.fromkeys(("x_stride", "num_tokens", "token_stride", "num_groups"), "i32"),
+            **dict.fromkeys(("range_to_scale", "norm"), "fp32"),
+        }
+        constants = {
+            "GROUP_SIZE": group_size,
+            "HADAMARD": bool(hadamard),
+            "SYMMETRIC": False,
+            "BITS": 4,
+            "WIDE": wide,
+            "ROWS": rows,
+            "HALF": half,
+        }
+        name = f"rotate_quantize{', Hadamard' if hadamard else ''}{', wide' if wide else ''}"
+        integers = ("x_stride", "token_stride")
+        yield Variant(
+            name, rotate_quantize_kernel, signature, constants, integers, {"num_warps": num_warps}
+        )
+
+
+def main(
+    write: Annotated[bool, typer.Option("--write", help="Keep the instructions.")] = False,
+) -> None:
+    console = Console(width=130, highlight=False)
+    table = Table("GPU", "kernel", "registers", "spills", "shared, KiB", "products", "main loop")
+    kept: dict[str, dict[str, int]] = {}
+    for target in track(TARGETS.values(), "compiling", console=Console(stderr=True)):
+        kept[target.name] = {}
+        for variant in variants(target):
+            compiled = variant.compile(target)
+            loop = compiled.main_loop or compiled.instructions
+            kept[target.name][variant.name] = len(loop)
+            table.add_row(
+                target.name,
+                variant.name,
+                str(compiled.registers),
+                str(compiled.spills),
+                f"{compiled.shared_memory / 1024:.0f}",
+                str(count(loop, MMA)),
+                str(len(loop)),
+            )
+        table.add_section()
+    console.print(table)
+    if write:
+        INSTRUCTIONS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,56 @@
+"""The Triton kernels compiled for GPUs that are not there: nothing spills, loops do not grow."""
+
+import json
+import os
+
+import pytest
+import triton
+
+from benchmarks.cross_compile import MMA, TARGETS, Target, count
+from benchmarks.gpu_kernels import INSTRUCTIONS, Variant, variants
+
+VERSION = "3.9.0"
+"""Whose instructions are kept; another Triton compiles to others."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="Triton interprets here"),
+    pytest.mark.skipif(triton.__version__ != VERSION, reason=f"Triton is not {VERSION}"),
+]
+
+TOLERANCE = 0.1
+
+GOALS = {
+    ("sm_80", "gemm 1024 tokens, groups of 128"): 500,
+    ("sm_89", "gemm 1024 tokens, groups of 128"): 500,
+    ("sm_120", "gemm 1024 tokens, groups of 128"): 500,
+    ("sm_90", "gemm 1024 tokens, groups of 128"): 280,
+    ("sm_80", "gemm more tokens, groups of 128"): 330,
+    ("sm_90", "gemm more tokens, groups of 128"): 260,
+}
+"""At most so many instructions of a warp, of the loop of a tile of 128 channels."""
+
+
+@pytest.mark.parametrize(
+    ("target", "variant"),
+    [
+        pytest.param(target, variant, id=f"{target.name}: {variant.name}")
+        for target in TARGETS.values()
+        for variant in variants(target)
+    ],
+)
+def test_compiled(target: Target, variant: Variant) -> None:
+    compiled = variant.compile(target)
+    assert compiled.spills == compiled.stack == 0
+    assert compiled.remarks == ()
+    assert compiled.shared_memory <= target.shared_memory
+    if variant.name.startswith("gemm"):
+        assert count(compiled.main_loop, target.int8_mma)
+    if "Hadamard" in variant.name or "attention" in variant.name:
+        assert count(compiled.instructions, MMA)
+    loop = len(compiled.main_loop or compiled.instructions)
+    assert loop <= GOALS.get((target.name, variant.name), loop)
+    baseline = json.loads(INSTRUCTIONS.read_text())[target.name][variant.name]
+    if loop < (1 - TOLERANCE) * baseline:
+        pytest.fail(f"{loop} instructions instead of {baseline}: keep them, gpu_kernels --write")
+    assert loop <= (1 + TOLERANCE) * baseline

@@ -1,0 +1,13 @@
+"""Where Triton interprets, as tests/kernels/test_triton.py has it, or on a GPU."""
+
+import numpy as np
+import torch
+from triton import knobs
+
+on_gpu = torch.cuda.is_available() and not knobs.runtime.interpret
+collect_ignore_glob = [] if on_gpu or knobs.runtime.interpret else ["test_*.py"]
+
+if on_gpu:
+    torch.set_default_device("cuda")
+
+np.seterr(all="ignore")  # as a GPU does; the interpreter calculates with numpy

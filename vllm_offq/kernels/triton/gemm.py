@@ -1,0 +1,314 @@
+"""Codes times codes by the integer tensor cores, group scales, offset term, bias.
+
+The order of the channels does not matter to a dot product, so nibbles are never put in order: one
+product of the even channels and one of the odd. Unpacked nibbles are 16 times their code, which
+costs no shift; the factors leave with the weights' scale.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_offq.kernels.reference import Weight
+from vllm_offq.kernels.triton.gemm_config import GemmConfig
+from vllm_offq.kernels.triton.rotate_quantize import Quantized
+from vllm_offq.kernels.triton.target import Gpu, gpu
+
+FLOAT_INTEGERS = 0x4B400000
+"""Integers from this one on are the last bits of the floats from 12582912 on: a sum that starts
+here becomes a float by a subtraction, where conversions are slow."""
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_groups", "steps_per_split"])
+def gemm_kernel(
+    codes_ptr,
+    scale_ptr,
+    offset_ptr,
+    weight_ptr,
+    weight_scale_ptr,
+    weight_sums_ptr,
+    bias_ptr,
+    y_ptr,
+    num_tokens,
+    token_stride,
+    out_features,
+    half_channels,
+    num_groups,
+    steps_per_split,
+    GROUP_SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCALE_PER_GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    PTX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    START: tl.constexpr,
+):
+    """One tile of y, or of the sum of one split of the channels: [SPLIT_K, T, N] float32.
+
+    Tiles are [tokens, outputs]; where activations are WIDE it is the transposed product, because
+    the first operand is the one that tensor cores take from registers, where nibbles are unpacked.
+    """
+    tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    tile_m, tile_n = tl.swizzle2d(
+        tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m, tiles_m, tiles_n, SWIZZLE
+    )
+    token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    output = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = output < out_features
+    # Rows beyond the last are computed from the first ones and not stored: no masks in the loop.
+    token_row = (token % num_tokens).to(tl.int64)
+    output_row = (output % out_features).to(tl.int64)
+
+    HALF_K: tl.constexpr = BLOCK_K // 2
+    HALF_GROUP: tl.constexpr = GROUP_SIZE // 2
+    STEPS: tl.constexpr = (GROUP_SIZE + BLOCK_K - 1) // BLOCK_K  # of a group
+    WHOLE: tl.constexpr = GROUP_SIZE % BLOCK_K == 0
+    pair = tl.arange(0, HALF_K)
+    weight_ptrs = weight_ptr + output_row[:, None] * half_channels + pair[None, :]
+    if WIDE:
+        codes_ptrs = codes_ptr + token_row[:, None] * (2 * half_channels) + pair[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        codes_ptrs = codes_ptr + token_row[:, None] * half_channels + pair[None, :]
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    split = tl.program_id(1)
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, num_groups * STEPS)
+    for step in range(first, last):
+        group = step // STEPS
+        at = group * HALF_GROUP + step % STEPS * HALF_K
+        inside = pair[None, :] < HALF_GROUP - step % STEPS * HALF_K
+        dot = tl.full(total.shape, START, tl.int32)
+        weight_even, weight_odd = unpack(load_pairs(weight_ptrs + at, inside, WHOLE), PTX)
+        if WIDE:
+            even_ptrs = codes_ptrs + group * HALF_GROUP + at
+            even = load_pairs(even_ptrs, inside, WHOLE)
+            odd = load_pairs(even_ptrs + HALF_GROUP, inside, WHOLE)
+            dot = tl.dot(weight_even, tl.trans(even), dot)
+            dot = tl.dot(weight_odd, tl.trans(odd), dot)
+        else:
+            even, odd = unpack(load_pairs(codes_ptrs + at, inside, WHOLE), PTX)
+            dot = tl.dot(even, tl.trans(weight_even), dot)
+            dot = tl.dot(odd, tl.trans(weight_odd), dot)
+        scale = along_tokens(tl.load(scale_ptr + group * token_stride + token), WIDE)
+        if SCALE_PER_GROUP:
+            weight_scale = tl.load(
+                weight_scale_ptr + group * out_features + output, mask=is_output, other=0.0
+            )
+            scale *= along_outputs(weight_scale.to(tl.float32), WIDE)
+        if START == 0:
+            product = dot.to(tl.float32)
+        else:
+            product = dot.to(tl.float32, bitcast=True) - 12582912.0
+        total = tl.fma(product, scale, total)
+    total *= 1.0 / 16 if WIDE else 1.0 / 256
+
+    groups_per_split = tl.cdiv(num_groups, SPLIT_K)
+    last_group = tl.minimum((split + 1) * groups_per_split, num_groups)
+    for first_group in range(split * groups_per_split, last_group, BLOCK_G):
+        group = first_group + tl.arange(0, BLOCK_G)
+        mask = group < last_group
+        offset = tl.load(
+            offset_ptr + group[:, None] * token_stride + token[None, :],
+            mask=mask[:, None],
+            other=0.0,
+        )
+        parameter = group[:, None] * out_features + output[None, :]
+        parameter_mask = mask[:, None] & is_output[None, :]
+        sums = tl.load(weight_sums_ptr + parameter, mask=parameter_mask, other=0).to(tl.float32)
+        # TF32 holds the sums, and an offset in two parts; a scaled sum needs two as well.
+        high, low = split_for_tf32(offset)
+        if SCALE_PER_GROUP:
+            weight_scale = tl.load(weight_scale_ptr + parameter, mask=parameter_mask, other=0.0)
+            sums, rest = split_for_tf32(sums * weight_scale.to(tl.float32))
+            total = add_product(high, rest, total, WIDE, PRECISION)
+        total = add_product(low, sums, total, WIDE, PRECISION)
+        total = add_product(high, sums, total, WIDE, PRECISION)
+
+    valid = along_tokens(token < num_tokens, WIDE) & along_outputs(is_output, WIDE)
+    place = along_tokens(token.to(tl.int64) * out_features, WIDE) + along_outputs(output, WIDE)
+    if SPLIT_K == 1:
+        if not SCALE_PER_GROUP:
+            weight_scale = tl.load(weight_scale_ptr + output, mask=is_output, other=0.0)
+            total *= along_outputs(weight_scale.to(tl.float32), WIDE)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + output, mask=is_output, other=0.0)
+            total += along_outputs(bias.to(tl.float32), WIDE)
+        tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=valid)
+    else:
+        plane = split.to(tl.int64) * num_tokens * out_features
+        tl.store(y_ptr + plane + place, total, mask=valid)
+
+
+@triton.jit
+def along_tokens(x, WIDE: tl.constexpr):
+    """[BLOCK_M] as it is broadcast over a tile."""
+    return x[None, :] if WIDE else x[:, None]
+
+
+@triton.jit
+def along_outputs(x, WIDE: tl.constexpr):
+    """[BLOCK_N] as it is broadcast over a tile."""
+    return x[:, None] if WIDE else x[None, :]
+
+
+@triton.jit
+def load_pairs(ptrs, inside, WHOLE: tl.constexpr):
+    """Bytes of a step; codes of 0 beyond the end of the group."""
+    if WHOLE:
+        pairs = tl.load(ptrs)
+    else:
+        pairs = tl.load(ptrs, mask=inside, other=0)
+    return pairs
+
+
+@triton.jit
+def add_product(offset, sums, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """total + offset^T sums, of [BLOCK_G, BLOCK_M] and [BLOCK_G, BLOCK_N]; or its transpose."""
+    if WIDE:
+        total = tl.dot(tl.trans(sums), offset, total, input_precision=PRECISION)
+    else:
+        total = tl.dot(tl.trans(offset), sums, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def split_for_tf32(x):
+    """x as the sum of two float32 whose first, and nearly second, 11 digits are all they have."""
+    high = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def unpack(packed, PTX: tl.constexpr):
+    """Nibbles to int8: 16 * code of the even channels, and of the odd."""
+    if PTX:
+        # Four bytes at a time, which compilers do not.
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            shl.b32 $0, $2, 4;
+            and.b32 $0, $0, 0xF0F0F0F0;
+            and.b32 $1, $2, 0xF0F0F0F0;
+            }""",
+            "=r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        even = (packed << 4).to(tl.int8, bitcast=True)
+        odd = (packed & 0xF0).to(tl.int8, bitcast=True)
+    return even, odd
+
+
+@triton.jit
+def add_splits_kernel(
+    partial_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    num_elements,
+    out_features,
+    SCALE_PER_GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial sums [SPLIT_K, T, N] to y, in one order: the same sums give the same bytes."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < num_elements
+    total = tl.load(partial_ptr + element, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLIT_K):
+        total += tl.load(partial_ptr + split * num_elements + element, mask=mask, other=0.0)
+    output = element % out_features
+    if not SCALE_PER_GROUP:
+        total *= tl.load(weight_scale_ptr + output).to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + output).to(tl.float32)
+    tl.store(y_ptr + element, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def gemm_constants(
+    gpu: Gpu, config: GemmConfig, group_size: int, scale_per_group: bool, has_bias: bool
+) -> dict[str, int | bool | str]:
+    """What gemm_kernel is compiled with."""
+    return {
+        "GROUP_SIZE": group_size,
+        "WIDE": config.wide,
+        "SCALE_PER_GROUP": scale_per_group,
+        "HAS_BIAS": has_bias,
+        "SPLIT_K": config.split_k,
+        "PTX": gpu.has_ptx,
+        "PRECISION": gpu.tf32_precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_G": 16,  # more groups at a time spill registers
+        "SWIZZLE": config.swizzle,
+        "START": FLOAT_INTEGERS if gpu.converts_slowly else 0,
+    }
+
+
+def gemm(
+    quantized: Quantized,
+    weight: Weight,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    config: GemmConfig,
+) -> Tensor:
+    """See reference.gemm, with bias and rounding to dtype. Returns: [T, N].
+
+    weight: as prepare_weight makes it; bias: [N].
+    """
+    num_groups, tokens = len(quantized.scale), len(quantized.codes)
+    out_features, half_channels = weight.codes.shape
+    scale_per_group = weight.scale.shape[0] > 1
+    y = torch.empty(tokens, out_features, dtype=dtype, device=weight.codes.device)
+    target = y
+    if config.split_k > 1:
+        shape = (config.split_k, tokens, out_features)
+        target = torch.empty(shape, dtype=torch.float32, device=y.device)
+    steps = num_groups * triton.cdiv(group_size, config.block_k)
+    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n)
+    gemm_kernel[tiles, config.split_k](
+        *quantized,
+        weight.codes,
+        weight.scale,
+        weight.sums,
+        bias,
+        target,
+        tokens,
+        quantized.scale.stride(0),
+        out_features,
+        half_channels,
+        num_groups,
+        triton.cdiv(steps, config.split_k),
+        **gemm_constants(gpu(), config, group_size, scale_per_group, bias is not None),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if config.split_k > 1:
+        block = 1024
+        add_splits_kernel[(triton.cdiv(y.numel(), block),)](
+            target,
+            weight.scale,
+            bias,
+            y,
+            y.numel(),
+            out_features,
+            SCALE_PER_GROUP=scale_per_group,
+            HAS_BIAS=bias is not None,
+            SPLIT_K=config.split_k,
+            BLOCK=block,
+        )
+    return y

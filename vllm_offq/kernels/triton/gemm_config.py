@@ -1,0 +1,83 @@
+"""Which tiles gemm uses: a table by architecture and number of tokens; no tuning run is needed.
+
+Chosen by the instructions of the main loop that compiling for each GPU shows (benchmarks/results),
+without spilled registers; not by timings.
+"""
+
+from dataclasses import dataclass, replace
+
+MIN_BLOCK_K = 64
+"""Two products of 32 channels: the least that integer tensor cores multiply."""
+MAX_BLOCK_K = 128
+"""Keeps a product of 16-fold codes within the 23 bits of a float that gemm counts in."""
+MAX_BLOCK_M = 128
+MAX_SPLIT_K = 8
+MIN_STEPS = 4
+"""Of a split: with fewer, filling the pipeline is all that a program does."""
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Of one launch."""
+
+    block_m: int
+    """Tokens of a tile."""
+    block_n: int
+    """Outputs of a tile."""
+    num_warps: int
+    num_stages: int
+    wide: bool = False
+    """Activations have a byte for each code: more to read, less to unpack."""
+    block_k: int = MAX_BLOCK_K
+    """Channels of a step, all of one group."""
+    split_k: int = 1
+    """Programs that share the channels of a tile."""
+    swizzle: int = 8
+    """Rows of tiles that are computed together, so that they find weights in the cache."""
+
+
+_DECODE = GemmConfig(16, 64, num_warps=4, num_stages=5, wide=True)
+_SMALL = GemmConfig(64, 128, num_warps=4, num_stages=4, wide=True)
+_DEFAULT = GemmConfig(128, 128, num_warps=8, num_stages=3)
+
+CONFIGS: dict[str, dict[int | None, GemmConfig]] = {
+    # Tensor cores of a warp: two blocks of four warps hide each other's epilogues.
+    "mma": {16: _DECODE, 64: _SMALL, 1024: _DEFAULT, None: _SMALL},
+    # Of a group of warps; their second operand comes from shared memory.
+    "wgmma": {16: _DECODE, 64: _SMALL, 1024: _DEFAULT, None: replace(_DEFAULT, wide=True)},
+    # AMD: no pipeline of asynchronous copies beyond one step ahead.
+    "mfma": {
+        16: replace(_DECODE, num_stages=2),
+        64: replace(_SMALL, num_stages=2),
+        None: replace(_DEFAULT, num_stages=2),
+    },
+}
+"""Kind of tensor core, most tokens (None: any number)."""
+
+
+def block_k(group_size: int) -> int:
+    """The largest step that divides the group; or one that it leaves in part unused."""
+    for size in (MAX_BLOCK_K, MIN_BLOCK_K):
+        if group_size % size == 0:
+            return size
+    return MAX_BLOCK_K if group_size > MIN_BLOCK_K else MIN_BLOCK_K
+
+
+def gemm_config(
+    tensor_core: str,
+    num_cores: int,
+    tokens: int,
+    out_features: int,
+    num_groups: int,
+    group_size: int,
+    bits: int,
+) -> GemmConfig:
+    """The launch for these tokens. num_cores: multiprocessors, which it should fill."""
+    table = CONFIGS[tensor_core]
+    most = min((n for n in table if n is not None and tokens <= n), default=None)
+    step = block_k(group_size)
+    config = replace(table[most], block_k=step, wide=table[most].wide or bits == 8)
+    tiles = -(-tokens // config.block_m) * -(-out_features // config.block_n)
+    steps = num_groups * -(-group_size // step)
+    split_k = min(2 * num_cores // tiles, steps // MIN_STEPS, MAX_SPLIT_K)
+    return replace(config, split_k=max(1, split_k))

@@ -1,0 +1,83 @@
+"""What the kernels are compiled for."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from triton import knobs
+
+MIN_CAPABILITY = (8, 0)
+"""The first NVIDIA GPUs whose tensor cores multiply integers as the kernels need it."""
+AMD_ARCHITECTURES = ("gfx942", "gfx950")
+
+
+def why_not_usable() -> str | None:
+    """What keeps this machine from running the kernels; None: nothing."""
+    if knobs.runtime.interpret:
+        return None
+    if not torch.cuda.is_available():
+        return "need a GPU, or TRITON_INTERPRET=1 to try them without one"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
+        if name not in AMD_ARCHITECTURES:
+            return f"are for AMD GPUs of {' or '.join(AMD_ARCHITECTURES)}, and this one is {name}"
+    elif torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        found, least = (
+            ".".join(map(str, version))
+            for version in (torch.cuda.get_device_capability(), MIN_CAPABILITY)
+        )
+        return f"need compute capability {least}, and this GPU has {found}"
+    return None
+
+
+class Gpu(NamedTuple):
+    """What the kernels want to know of a GPU when they are compiled."""
+
+    tensor_core: str
+    """Which instruction multiplies tiles: mma, wgmma or mfma."""
+    has_ptx: bool
+    """Whether inline PTX can be used. The interpreter emulates what the kernels have of it."""
+    converts_slowly: bool
+    """Whether integers become floats at a quarter of the rate of other arithmetic."""
+    float32_precision: str
+    """Of a product of float32 tiles: three TF32 products are as exact as float32's own."""
+    tf32_precision: str
+    """Of a product of float32 tiles that have no more digits than TF32."""
+
+
+AMD = Gpu("mfma", False, False, "ieee", "ieee")
+INTERPRETER = Gpu("mma", True, True, "ieee", "ieee")
+
+
+def nvidia(capability: tuple[int, int]) -> Gpu:
+    """An NVIDIA GPU; of those supported, only an A100 (8.0) is slow to convert."""
+    tensor_core = "wgmma" if capability[0] in (9, 10) else "mma"
+    return Gpu(tensor_core, True, capability == (8, 0), "tf32x3", "tf32")
+
+
+@cache
+def gpu() -> Gpu:
+    """The one that this process runs on."""
+    if knobs.runtime.interpret:
+        return INTERPRETER
+    if torch.version.hip is not None:
+        return AMD
+    return nvidia(torch.cuda.get_device_capability())
+
+
+def float32_precision() -> str:
+    """Of this process's GPU."""
+    return gpu().float32_precision
+
+
+@cache
+def num_cores(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units on AMD)."""
+    if knobs.runtime.interpret:
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-n // multiple) * multiple

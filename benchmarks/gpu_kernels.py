@@ -20,11 +20,14 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.cross_compile import MMA, TARGETS, Compilation, Target, count, cross_compile
 from vllm_offq.kernels.triton.gemm import gemm_constants, gemm_kernel
-from vllm_offq.kernels.triton.gemm_config import CONFIGS, block_k
+from vllm_offq.kernels.triton.gemm_config import CONFIGS, GemmConfig, block_k
 from vllm_offq.kernels.triton.rotate_quantize import rotate_quantize_kernel, tile_shape
 from vllm_offq.kernels.triton.target import AMD, Gpu, nvidia
 
 INSTRUCTIONS = Path(__file__).parent / "results" / "gpu_instructions.json"
+
+GOAL = GemmConfig(128, 128, num_warps=8, num_stages=2)
+"""The tile by which kernels of this kind are compared, whether it is the best one or not."""
 
 
 class Variant(NamedTuple):
@@ -63,31 +66,39 @@ def variants(target: Target) -> Iterator[Variant]:
 
 def _gemms(gpu: Gpu) -> Iterator[Variant]:
     for tokens, tile in CONFIGS[gpu.tensor_core].items():
+        config = replace(tile, split_k=8 if tokens == 16 else 1)
+        up_to = "more" if tokens is None else str(tokens)
         for group_size, scale_per_group in (128, False), (128, True), (64, False):
-            split_k = 8 if tokens == 16 else 1
-            config = replace(tile, block_k=block_k(group_size), split_k=split_k)
-            integers = ("num_tokens", "token_stride", "out_features", "half_channels")
-            signature = {
-                "codes_ptr": "*i8" if config.wide else "*u8",
-                "scale_ptr": "*fp32",
-                "offset_ptr": "*fp32",
-                "weight_ptr": "*u8",
-                "weight_scale_ptr": "*fp16",
-                "weight_sums_ptr": "*i16",
-                "y_ptr": "*bf16" if split_k == 1 else "*fp32",
-                **dict.fromkeys((*integers, "num_groups", "steps_per_split"), "i32"),
-            }
-            constants = gemm_constants(gpu, config, group_size, scale_per_group, has_bias=False)
-            up_to = "more" if tokens is None else str(tokens)
             scales = ", weight scales" if scale_per_group else ""
-            yield Variant(
-                f"gemm {up_to} tokens, groups of {group_size}{scales}",
-                gemm_kernel,
-                signature,
-                {**constants, "bias_ptr": None},
-                integers[1:],
-                {"num_warps": config.num_warps, "num_stages": config.num_stages},
-            )
+            name = f"gemm {up_to} tokens, groups of {group_size}{scales}"
+            yield _gemm(name, gpu, config, group_size, scale_per_group)
+    yield _gemm("gemm tile of 128 x 128", gpu, GOAL, 128, scale_per_group=False)
+
+
+def _gemm(
+    name: str, gpu: Gpu, config: GemmConfig, group_size: int, scale_per_group: bool
+) -> Variant:
+    config = replace(config, block_k=block_k(group_size))
+    integers = ("num_tokens", "token_stride", "out_features", "half_channels")
+    signature = {
+        "codes_ptr": "*i8" if config.wide else "*u8",
+        "scale_ptr": "*fp32",
+        "offset_ptr": "*fp32",
+        "weight_ptr": "*u8",
+        "weight_scale_ptr": "*fp16",
+        "weight_sums_ptr": "*i16",
+        "y_ptr": "*bf16" if config.split_k == 1 else "*fp32",
+        **dict.fromkeys((*integers, "num_groups", "steps_per_split"), "i32"),
+    }
+    constants = gemm_constants(gpu, config, group_size, scale_per_group, has_bias=False)
+    return Variant(
+        name,
+        gemm_kernel,
+        signature,
+        {**constants, "bias_ptr": None},
+        integers[1:],
+        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
 
 
 def _quantizations() -> Iterator[Variant]:

@@ -21,10 +21,10 @@ pytestmark = [
 TOLERANCE = 0.1
 
 GOALS = {
-    ("sm_80", "gemm 1024 tokens, groups of 128"): 500,
-    ("sm_89", "gemm 1024 tokens, groups of 128"): 500,
-    ("sm_120", "gemm 1024 tokens, groups of 128"): 500,
-    ("sm_90", "gemm 1024 tokens, groups of 128"): 280,
+    ("sm_80", "gemm tile of 128 x 128"): 500,
+    ("sm_89", "gemm tile of 128 x 128"): 500,
+    ("sm_120", "gemm tile of 128 x 128"): 500,
+    ("sm_90", "gemm tile of 128 x 128"): 280,
     ("sm_80", "gemm more tokens, groups of 128"): 330,
     ("sm_90", "gemm more tokens, groups of 128"): 260,
 }

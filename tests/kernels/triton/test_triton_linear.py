@@ -114,20 +114,20 @@ def test_all_ways_to_compute_a_layer(
 
 
 @pytest.mark.parametrize("codes", ["lowest", "highest"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 256), (8, 256), (4, 131072)])
 @pytest.mark.parametrize("slow", [False, True])
 def test_sums_of_extreme_codes_are_exact(
-    monkeypatch: pytest.MonkeyPatch, slow: bool, bits: int, codes: str
+    monkeypatch: pytest.MonkeyPatch, slow: bool, bits: int, group_size: int, codes: str
 ) -> None:
-    """The largest ones that a step can have, times scales of powers of two."""
+    """The largest ones that a step can have, times scales of powers of two; and very many."""
     gpu = target.INTERPRETER._replace(converts_slowly=slow)
     monkeypatch.setattr(gemm, "gpu", lambda: gpu)
     end = ["lowest", "highest"].index(codes)
-    layer = Layer.random(40, 2, 256, bits=bits)
+    layer = Layer.random(40, 1, group_size, bits=bits)
     layer.codes.fill_(code_range(4)[end])
     layer.scale.fill_(0.5)
-    x = torch.full((5, 512), float(code_range(bits)[end]))
-    x[:, 0::256], x[:, 1::256] = code_range(bits)  # so that each group spans its grid
+    x = torch.full((5, group_size), float(code_range(bits)[end]))
+    x[:, 0], x[:, 1] = code_range(bits)  # so that the group spans its grid
     assert torch.equal(layer.run(triton, x).double(), x.double() @ layer.weight.T)
 
 

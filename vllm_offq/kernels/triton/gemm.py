@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_offq.kernels.reference import Weight
+from vllm_offq.kernels.triton.add_splits import add_splits
 from vllm_offq.kernels.triton.gemm_config import GemmConfig
 from vllm_offq.kernels.triton.rotate_quantize import Quantized
 from vllm_offq.kernels.triton.target import Gpu, gpu
@@ -57,7 +58,7 @@ def gemm_kernel(
     """
     tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
     tile_m, tile_n = tl.swizzle2d(
-        tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m, tiles_m, tiles_n, SWIZZLE
+        tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, tiles_m, tiles_n, SWIZZLE
     )
     token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -210,33 +211,6 @@ def unpack(packed, PTX: tl.constexpr):
     return even, odd
 
 
-@triton.jit
-def add_splits_kernel(
-    partial_ptr,
-    weight_scale_ptr,
-    bias_ptr,
-    y_ptr,
-    num_elements,
-    out_features,
-    SCALE_PER_GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Partial sums [SPLIT_K, T, N] to y, in one order: the same sums give the same bytes."""
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < num_elements
-    total = tl.load(partial_ptr + element, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLIT_K):
-        total += tl.load(partial_ptr + split * num_elements + element, mask=mask, other=0.0)
-    output = element % out_features
-    if not SCALE_PER_GROUP:
-        total *= tl.load(weight_scale_ptr + output).to(tl.float32)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + output).to(tl.float32)
-    tl.store(y_ptr + element, total.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 def gemm_constants(
     gpu: Gpu, config: GemmConfig, group_size: int, scale_per_group: bool, has_bias: bool
 ) -> dict[str, int | bool | str]:
@@ -298,17 +272,5 @@ def gemm(
         num_stages=config.num_stages,
     )
     if config.split_k > 1:
-        block = 1024
-        add_splits_kernel[(triton.cdiv(y.numel(), block),)](
-            target,
-            weight.scale,
-            bias,
-            y,
-            y.numel(),
-            out_features,
-            SCALE_PER_GROUP=scale_per_group,
-            HAS_BIAS=bias is not None,
-            SPLIT_K=config.split_k,
-            BLOCK=block,
-        )
+        add_splits(target, weight.scale, bias, y)
     return y

@@ -1,7 +1,7 @@
 """Which tiles gemm uses: a table by architecture and number of tokens; no tuning run is needed.
 
-Chosen by the instructions of the main loop that compiling for each GPU shows (benchmarks/results),
-without spilled registers; not by timings.
+Chosen by what compiling for each GPU shows and benchmarks.gpu_model makes of it, without spilled
+registers; not by timings.
 """
 
 from dataclasses import dataclass, replace
@@ -38,18 +38,18 @@ class GemmConfig:
 
 _DECODE = GemmConfig(16, 64, num_warps=4, num_stages=5, wide=True)
 _SMALL = GemmConfig(64, 128, num_warps=4, num_stages=4, wide=True)
-_DEFAULT = GemmConfig(128, 128, num_warps=8, num_stages=3)
+_LARGE = GemmConfig(128, 128, num_warps=8, num_stages=3)
 
 CONFIGS: dict[str, dict[int | None, GemmConfig]] = {
-    # Tensor cores of a warp: two blocks of four warps hide each other's epilogues.
-    "mma": {16: _DECODE, 64: _SMALL, 1024: _DEFAULT, None: _SMALL},
-    # Of a group of warps; their second operand comes from shared memory.
-    "wgmma": {16: _DECODE, 64: _SMALL, 1024: _DEFAULT, None: replace(_DEFAULT, wide=True)},
+    # Tensor cores of a warp: two programs at a time hide each other's waiting.
+    "mma": {16: _DECODE, None: _SMALL},
+    # Of four warps; their second operand comes from shared memory, where unpacked codes must go.
+    "wgmma": {16: _DECODE, 64: _SMALL, None: replace(_LARGE, wide=True)},
     # AMD: no pipeline of asynchronous copies beyond one step ahead.
     "mfma": {
         16: replace(_DECODE, num_stages=2),
         64: replace(_SMALL, num_stages=2),
-        None: replace(_DEFAULT, num_stages=2),
+        None: replace(_LARGE, num_stages=2),
     },
 }
 """Kind of tensor core, most tokens (None: any number)."""

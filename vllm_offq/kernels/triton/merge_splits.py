@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vllm_offq.kernels.triton.paged_attention_config import MAX_SPLITS
 
-STEP = 16
+STEP = 8
 """Parts that are read at once."""
 
 

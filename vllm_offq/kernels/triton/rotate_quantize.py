@@ -25,8 +25,8 @@ class Quantized(NamedTuple):
     """Activations as gemm reads them. Parameters are group by group: a tile reads neighbours."""
 
     codes: Tensor
-    """[T, K / 2] uint8, nibbles in two's complement, the even channel low; or wide: [T, G, 2, g / 2]
-    int8, of each group of g the even channels first."""
+    """[T, K / 2] uint8, nibbles in two's complement, the even channel low; or wide: int8
+    [T, G, 2, K / G / 2], of each group the even channels first."""
     scale: Tensor
     """[G, T or more] float32, so many that any tile can be read whole."""
     offset: Tensor

@@ -1,0 +1,320 @@
+"""Triton's attention over 4-bit pages against the reference."""
+
+import sys
+from dataclasses import dataclass, replace
+from math import inf, nan
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged import Batch, empty_cache
+from torch import Tensor
+from triton_pages import as_reference
+
+from vllm_offq.errors import UserError
+from vllm_offq.kernels import reference
+from vllm_offq.kernels.triton import target
+from vllm_offq.kernels.triton.kv_store import kv_store
+from vllm_offq.kernels.triton.paged_attention import paged_attention
+
+MODULE = sys.modules["vllm_offq.kernels.triton.paged_attention"]  # the package may shadow it
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+GARBAGE = 0xFF  # a NaN where it is read as a scale or an offset
+
+
+@dataclass
+class Scene:
+    """Requests, their pages, and what they ask."""
+
+    batch: Batch
+    cache: Tensor
+    query: Tensor
+    group_size: int
+    sliding_window: int | None = None
+    rotation: Tensor | None = None
+    soft_cap: float | None = None
+    num_cores: int = 1
+    """Of the GPU: from 2 on, few requests are split."""
+
+    @classmethod
+    def random(
+        cls,
+        seq_lens: list[int],
+        new: list[int],
+        heads: int = 4,
+        kv_heads: int = 2,
+        head: tuple[int, int] = (64, 64),
+        block_size: int = 16,
+        dtype: torch.dtype = torch.bfloat16,
+        sliding_window: int | None = None,
+        rotated: bool = False,
+        soft_cap: float | None = None,
+        num_cores: int = 1,
+    ) -> "Scene":
+        batch, (head_size, group_size) = Batch.of(seq_lens, new, block_size), head
+        blocks = 1 + sum(-(-length // block_size) for length in seq_lens)
+        cache = empty_cache(blocks, kv_heads, block_size, head_size, group_size, GARBAGE)
+        rotation = None
+        if rotated:
+            rotation = torch.linalg.qr(torch.randn(kv_heads, head_size, head_size))[0].contiguous()
+        key, value = torch.randn(2, sum(seq_lens), kv_heads, head_size).add(0.3).to(dtype).unbind(0)
+        kv_store(key, value, cache, batch.slots(block_size), group_size, rotation)
+        query = torch.randn(sum(new), heads, head_size).to(dtype)
+        rest = sliding_window, rotation, soft_cap, num_cores
+        return cls(batch, cache, query, group_size, *rest)
+
+    @property
+    def scale(self) -> float:
+        return self.query.shape[2] ** -0.5
+
+    def run(self, output: Tensor | None = None) -> Tensor:
+        output = torch.full_like(self.query, 9.0) if output is None else output
+        batch = self.batch.block_table, self.batch.seq_lens, self.batch.query_start_loc
+        rest = self.scale, self.group_size, self.sliding_window, self.rotation
+        new = max(self.batch.query_start_loc.diff().tolist(), default=0)
+        with patch.object(MODULE, "num_cores", lambda device: self.num_cores):
+            paged_attention(
+                self.query,
+                self.cache,
+                *batch,
+                output,
+                *rest,
+                max_query_len=new,
+                logits_soft_cap=self.soft_cap,
+            )
+        return output
+
+    def expected(self) -> Tensor:
+        output = torch.full(self.query.shape, 9.0)
+        cache = as_reference(self.cache, self.group_size)
+        batch = self.batch.block_table, self.batch.seq_lens, self.batch.query_start_loc
+        rest = self.scale, self.group_size, self.sliding_window, self.rotation
+        query, soft_cap = self.query.float(), self.soft_cap
+        reference.paged_attention(query, cache, *batch, output, *rest, logits_soft_cap=soft_cap)
+        return output
+
+    def deviation(self) -> Tensor:
+        """At most the standard deviation from the reference, of roundings. [T, H, D].
+
+        A number that is rounded is off by at most half a step, so by 1 / sqrt(3) of that in the
+        mean: in queries that are rotated, and in probabilities times the scale of their value.
+        Float32 operations are off by 2^-24 of themselves; n of them, not related, by sqrt(n) times
+        as much. A capped score is the cap times a number that is made of three such operations and
+        a quotient. A score that is off by e moves an average by at most e times the largest of what
+        is averaged. Probabilities of float16 have no steps below 2^-24.
+        """
+        query, (_, heads, head_size) = self.query.float(), self.query.shape
+        half_step = torch.finfo(self.query.dtype).eps / 2 / 3**0.5
+        float32 = 2 * 2.0**-24  # on both sides
+        if self.rotation is not None:
+            query = reference.rotate_heads(query, self.rotation)
+        deviation = torch.zeros(query.shape)
+        cache, block_size = as_reference(self.cache, self.group_size), self.cache.shape[2]
+        for index, length in enumerate(self.batch.seq_lens.tolist()):
+            rows = self.batch.rows(index)
+            blocks = self.batch.block_table[index, : -(-length // block_size)]
+            key, value = (
+                x.repeat_interleave(heads // len(x), 0)
+                for x in reference.kv_load(cache, blocks, length, self.group_size)
+            )
+            q = query[rows].transpose(0, 1)  # [H, new, D]
+            position = torch.arange(length - q.shape[1], length)[:, None]
+            distance = position - torch.arange(length)
+            hidden = (distance < 0) | (distance >= (self.sliding_window or inf))
+            scores, cap = q @ key.transpose(1, 2) * self.scale, self.soft_cap
+            if cap:
+                scores = cap * (scores / cap).tanh()
+            p = scores.masked_fill(hidden, -inf).softmax(2)
+            score = float32 * q.norm(dim=2) * key.norm(dim=2).amax(1)[:, None] * head_size**0.5
+            if self.rotation is not None:
+                products = q.square() @ key.square().transpose(1, 2)
+                score = score + half_step * products.amax(2).sqrt()
+            score = score * self.scale + 4 * float32 * (cap or 0)
+            groups = value.unflatten(2, (-1, self.group_size))
+            code = 8 / 15 * (groups.amax(3) - groups.amin(3)).repeat_interleave(self.group_size, 2)
+            average = half_step * (p.square() @ code.square()).sqrt()
+            if self.query.dtype == torch.float16:
+                average = average + 2.0**-25 * 8 * length**0.5
+            most = value.abs().amax((1, 2))[:, None, None]
+            average = average + most * (score[..., None] + float32 * length**0.5)
+            deviation[rows] = average.transpose(0, 1)
+        return deviation
+
+    def check(self) -> None:
+        actual, expected = self.run(), self.expected()
+        assert actual.isfinite().all()
+        rounding = torch.finfo(actual.dtype).eps * expected.abs()
+        error = ((actual.float() - expected).abs() - rounding).clamp_min(0)
+        deviation = self.deviation()
+        assert (error <= 6 * deviation).all()
+        assert error.norm() <= deviation.norm()
+
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(1, 150), st.sampled_from([0, 1, 1, 3, 20, 150])), max_size=3
+)
+
+
+@given(
+    requests=REQUESTS,
+    kv_heads=st.integers(1, 2),
+    ratio=st.sampled_from([1, 3, 4, 8]),
+    head=st.sampled_from([(16, 16), (64, 64), (96, 96), (128, 128), (256, 128), (64, 32)]),
+    block_size=st.sampled_from([16, 32, 48, 128]),
+    dtype=st.sampled_from(FLOATS),
+    sliding_window=st.sampled_from([None, None, 1, 7, 100]),
+    rotated=st.booleans(),
+    soft_cap=st.sampled_from([None, None, 0.7, 30.0]),
+    num_cores=st.sampled_from([1, 8]),
+    magnitude=st.sampled_from([0.0, 1.0, 30.0]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_batch(
+    requests: list[tuple[int, int]],
+    kv_heads: int,
+    ratio: int,
+    head: tuple[int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    sliding_window: int | None,
+    rotated: bool,
+    soft_cap: float | None,
+    num_cores: int,
+    magnitude: float,
+    seed: int,
+) -> None:
+    """Decodes, whole prefills, later chunks, requests with nothing new, in any mixture."""
+    torch.manual_seed(seed)
+    seq_lens = [length for length, _ in requests]
+    new = [min(length, count) for length, count in requests]
+    rest = block_size, dtype, sliding_window, rotated, soft_cap, num_cores
+    scene = Scene.random(seq_lens, new, kv_heads * ratio, kv_heads, head, *rest)
+    scene.query *= magnitude
+    scene.check()
+
+
+@pytest.mark.parametrize("sliding_window", [None, 400])
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_long_contexts_are_split(block_size: int, sliding_window: int | None) -> None:
+    """Between more programs than some of them have tiles."""
+    torch.manual_seed(0)
+    lengths, new = [700, 641, 60, 3], [1, 3, 1, 0]
+    scene = Scene.random(lengths, new, block_size=block_size, sliding_window=sliding_window)
+    scene.num_cores = 16
+    scene.check()
+
+
+@pytest.mark.parametrize("num_cores", [1, 16])
+@pytest.mark.parametrize("sliding_window", [None, 1, 7, 100])
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_each_token_sees_its_context_and_no_more(
+    block_size: int, sliding_window: int | None, num_cores: int
+) -> None:
+    """With queries of zero it averages what it sees; each value marks one channel."""
+    torch.manual_seed(0)
+    seq_lens, new = [1, 16, 17, 129, 300], [1, 16, 2, 100, 1]
+    rest = (64, 64), block_size, torch.float16, sliding_window
+    scene = Scene.random(seq_lens, new, 4, 2, *rest, num_cores=num_cores)
+    position = torch.cat([torch.arange(length) for length in seq_lens])
+    value = torch.nn.functional.one_hot(position * 37 % 64, 64).float()[:, None].repeat(1, 2, 1)
+    kv_store(value, value, scene.cache, scene.batch.slots(block_size), scene.group_size)
+    scene.query.zero_()
+    seen = torch.cat([torch.arange(a - b, a) + 1 for a, b in zip(seq_lens, new, strict=True)])
+    # One token more or less moves a channel by about 1 / seen.
+    tolerance = 0.25 / seen.clamp_max(sliding_window or inf)[:, None, None]
+    assert ((scene.run() - scene.expected()).abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_blocks_that_no_token_sees_any_more_are_not_read(block_size: int) -> None:
+    """Blocks before the window may be taken away: the table then names any other."""
+    torch.manual_seed(0)
+    scene = Scene.random([400], [2], block_size=block_size, sliding_window=33)
+    expected = scene.run()
+    scene.batch.block_table[0, : (400 - 2 - 33 + 1) // block_size] = len(scene.cache) - 1
+    assert torch.equal(scene.run(), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("most", [0.0, 1.0])
+def test_extreme_codes(most: float, sign: int, dtype: torch.dtype) -> None:
+    """All but one at one end of the grid, whose steps differ: their roundings are not related."""
+    torch.manual_seed(0)
+    scene = Scene.random([200], [2], head=(256, 256), block_size=128, dtype=dtype)
+    x = torch.full((200, 2, 256), most)
+    x[..., 0] = 1 - most
+    x *= 1 + torch.rand(200, 1, 1)
+    kv_store(x, x, scene.cache, scene.batch.slots(128), 256)
+    scene.query.fill_(sign * 0.99)
+    scene.query[..., 0] = sign
+    scene.check()
+
+
+@pytest.mark.parametrize("gpu", [target.AMD, target.nvidia((9, 0))])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tiles_of_other_gpus(dtype: torch.dtype, gpu: target.Gpu) -> None:
+    torch.manual_seed(0)
+    scene = Scene.random([90, 40], [80, 1], head=(256, 128), dtype=dtype)
+    with patch.object(MODULE, "gpu", lambda: gpu):
+        scene.check()
+
+
+@pytest.mark.parametrize("num_cores", [1, 16])
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_bad_query_spoils_only_its_own_row(
+    dtype: torch.dtype, bad: float, num_cores: int
+) -> None:
+    torch.manual_seed(0)
+    scene = Scene.random([300, 20, 3], [1, 20, 3], dtype=dtype, num_cores=num_cores)
+    clean = scene.run()
+    spoilt = torch.zeros(clean.shape[:2], dtype=torch.bool)
+    for row, head, channel in (0, 1, 0), (7, 3, 63), (22, 0, 17):
+        scene.query[row, head, channel] = bad
+        spoilt[row, head] = True
+    output = scene.run()
+    assert not output[spoilt].isfinite().any()
+    assert torch.equal(output[~spoilt], clean[~spoilt])
+
+
+@pytest.mark.parametrize("num_cores", [1, 16])
+def test_slices_of_wider_tensors(num_cores: int) -> None:
+    """As vLLM passes them; what surrounds the output stays, and so do rows of no request."""
+    torch.manual_seed(0)
+    scene = Scene.random([40, 300], [40, 3], num_cores=num_cores)
+    expected = scene.run()
+    wide = torch.full((49, 3, 4, 64), 9.0, dtype=scene.query.dtype)
+    wide[1:44, 1] = scene.query
+    around = torch.full_like(wide, 9.0)
+    replace(scene, query=wide[1:47, 1]).run(around[1:47, 1])
+    torch.testing.assert_close(around[1:44, 1], expected)
+    around[1:44, 1] = 9.0
+    assert (around == 9.0).all()
+
+
+def test_a_cache_of_more_than_2_gib() -> None:
+    torch.manual_seed(0)
+    scene = Scene.random([60], [2])
+    stride = 2**30
+    storage = torch.empty(
+        (len(scene.cache) - 1) * stride + scene.cache[0].numel(), dtype=torch.uint8
+    )
+    far = storage.as_strided(scene.cache.shape, (stride, *scene.cache.stride()[1:]))
+    far.copy_(scene.cache)
+    assert torch.equal(replace(scene, cache=far).run(), scene.run())
+
+
+def test_nothing_to_do() -> None:
+    assert Scene.random([], []).run().shape == (0, 4, 64)
+    assert Scene.random([5], [0]).run().shape == (0, 4, 64)
+
+
+def test_smaller_groups_are_refused() -> None:
+    scene = replace(Scene.random([5], [1]), cache=empty_cache(1, 2, 16, 64, 16), group_size=16)
+    with pytest.raises(UserError, match="heads of 64 channels in groups of 16 are not supported"):
+        scene.run()

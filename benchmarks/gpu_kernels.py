@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
+import triton
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -21,6 +23,13 @@ from triton.runtime.jit import JITFunction
 from benchmarks.cross_compile import MMA, TARGETS, Compilation, Target, count, cross_compile
 from vllm_offq.kernels.triton.gemm import gemm_constants, gemm_kernel
 from vllm_offq.kernels.triton.gemm_config import CONFIGS, GemmConfig, block_k
+from vllm_offq.kernels.triton.kv_store import kv_store_kernel
+from vllm_offq.kernels.triton.paged_attention import paged_attention_kernel
+from vllm_offq.kernels.triton.paged_attention_config import (
+    MIN_TILES,
+    attention_config,
+    tiles_for,
+)
 from vllm_offq.kernels.triton.rotate_quantize import rotate_quantize_kernel, tile_shape
 from vllm_offq.kernels.triton.target import AMD, Gpu, nvidia
 
@@ -62,6 +71,8 @@ def variants(target: Target) -> Iterator[Variant]:
     """All that serving a model in bfloat16 launches."""
     yield from _gemms(gpu_of(target))
     yield from _quantizations()
+    yield from _stores(gpu_of(target))
+    yield from _attentions(gpu_of(target))
 
 
 def _gemms(gpu: Gpu) -> Iterator[Variant]:
@@ -127,6 +138,86 @@ def _quantizations() -> Iterator[Variant]:
         yield Variant(
             name, rotate_quantize_kernel, signature, constants, integers, {"num_warps": num_warps}
         )
+
+
+HEADS = {64: 64, 128: 128, 256: 128}
+"""Channels of a head; of a group."""
+RATIO, BLOCK_SIZE = 4, 16
+
+
+def _stores(gpu: Gpu) -> Iterator[Variant]:
+    strides = [f"{x}_{y}_stride" for x in ("key", "value") for y in ("token", "head")]
+    strides += ["block_stride", "head_stride"]
+    signature = {
+        "key_ptr": "*bf16",
+        "value_ptr": "*bf16",
+        "rotation_ptr": "*fp32",
+        "slot_ptr": "*i64",
+        "cache_ptr": "*u8",
+        "num_tokens": "i32",
+        "range_to_scale": "fp32",
+        **dict.fromkeys(strides, "i32"),
+    }
+    for head_size, group_size in HEADS.items():
+        constants = {
+            "ROTATED": True,
+            "HEAD_SIZE": head_size,
+            "NUM_GROUPS": head_size // group_size,
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "PRECISION": gpu.float32_precision,
+            "ROWS": 16,
+            "COLUMNS": triton.next_power_of_2(head_size // 2),
+        }
+        name = f"kv_store, heads of {head_size}, rotated"
+        yield Variant(name, kv_store_kernel, signature, constants, tuple(strides), {"num_warps": 4})
+
+
+def _attentions(gpu: Gpu) -> Iterator[Variant]:
+    for head_size, group_size in HEADS.items():
+        for max_query_len in (1, 2048):
+            yield _attention(gpu, head_size, head_size // group_size, max_query_len)
+
+
+def _attention(gpu: Gpu, head_size: int, num_groups: int, max_query_len: int) -> Variant:
+    tiles = tiles_for(torch.bfloat16, head_size, num_groups, gpu.tensor_core)
+    # 16 requests, 8 KV heads and a long context: decoding is split.
+    config = attention_config(tiles, 16 * max_query_len, 16, max_query_len, RATIO, 8, 1 << 15, 132)
+    is_split = config.splits > 1
+    strides = [f"{x}_{y}_stride" for x in ("query", "output") for y in ("token", "head")]
+    strides += ["block_stride", "head_stride", "block_table_stride"]
+    signature = {
+        "query_ptr": "*bf16",
+        "output_ptr": "*fp32" if is_split else "*bf16",
+        "lse_ptr": "*fp32" if is_split else "*bf16",
+        "cache_ptr": "*u8",
+        **dict.fromkeys(("block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"), "*i32"),
+        **dict.fromkeys((*strides, "num_requests", "num_splits"), "i32"),
+        **dict.fromkeys(("score_scale", "soft_cap"), "fp32"),
+    }
+    constants = {
+        "RATIO": RATIO,
+        "HEAD_SIZE": head_size,
+        "NUM_GROUPS": num_groups,
+        "BLOCK_SIZE": BLOCK_SIZE,
+        "WINDOW": 0,
+        "SOFT_CAP": False,
+        "SPLIT": is_split,
+        "MIN_TILES": MIN_TILES,
+        "ONE_TILE": config.one_tile,
+        "PTX": gpu.has_ptx,
+        "ROWS": config.rows,
+        "COLUMNS": max(triton.next_power_of_2(head_size // 2), 16),
+        "TILE": config.tile,
+    }
+    step = "decode" if max_query_len == 1 else "prefill"
+    return Variant(
+        f"paged_attention, {step}, heads of {head_size}",
+        paged_attention_kernel,
+        signature,
+        constants,
+        tuple(strides),
+        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
 
 
 def main(

@@ -27,8 +27,9 @@ GOALS = {
     ("sm_90", "gemm tile of 128 x 128"): 280,
     ("sm_80", "gemm more tokens, groups of 128"): 330,
     ("sm_90", "gemm more tokens, groups of 128"): 260,
+    ("sm_80", "paged_attention, decode, heads of 128"): 1500,
 }
-"""At most so many instructions of a warp, of the loop of a tile of 128 channels."""
+"""At most so many instructions of a warp, of a step of 128 channels or of a tile of the context."""
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_compiled(target: Target, variant: Variant) -> None:
     assert compiled.shared_memory <= target.shared_memory
     if variant.name.startswith("gemm"):
         assert count(compiled.main_loop, target.int8_mma)
-    if "Hadamard" in variant.name or "attention" in variant.name:
+    if any(word in variant.name for word in ("Hadamard", "rotated", "attention")):
         assert count(compiled.instructions, MMA)
     loop = len(compiled.main_loop or compiled.instructions)
     assert loop <= GOALS.get((target.name, variant.name), loop)

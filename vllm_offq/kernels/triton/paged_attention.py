@@ -218,13 +218,12 @@ def paged_attention(
     group_size: int,
     sliding_window: int | None = None,
     rotation: Tensor | None = None,
-    *,
-    max_query_len: int,
+    max_query_len: int | None = None,
     logits_soft_cap: float | None = None,
 ) -> None:
     """See reference.paged_attention. All indices stay on the device, for CUDA graphs.
 
-    max_query_len: no request has more new tokens; logits_soft_cap: c in c tanh(score / c).
+    max_query_len: no request has more new tokens; None: it may be all of them.
     Raises: UserError if a head has more than two groups.
     """
     tokens, num_heads, head_size = query.shape
@@ -244,7 +243,7 @@ def paged_attention(
         tiles_for(query.dtype, head_size, num_groups, gpu().tensor_core),
         tokens,
         num_requests,
-        max_query_len,
+        tokens if max_query_len is None else max_query_len,
         ratio,
         kv_heads,
         min(max_context, sliding_window or max_context),

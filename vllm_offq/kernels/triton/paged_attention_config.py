@@ -27,6 +27,8 @@ class Tiles(NamedTuple):
     """Tokens of the context in one step."""
     num_stages: int
     """Steps whose loads are in flight."""
+    num_stages_many_rows: int
+    """Likewise of more than 32 rows, which hide a wait by their own work."""
 
 
 def tiles_for(dtype: torch.dtype, head_size: int, num_groups: int, tensor_core: str) -> Tiles:
@@ -37,12 +39,13 @@ def tiles_for(dtype: torch.dtype, head_size: int, num_groups: int, tensor_core: 
     """
     if dtype == torch.float32:  # by plain multiply-adds: three TF32 products need more registers
         is_small = head_size <= 128 and num_groups == 1
-        return Tiles(16, 2, 32 if is_small else 16, num_stages=2)
+        return Tiles(16, 2, 32 if is_small else 16, 2, 2)
     if tensor_core == "mfma":  # there, loads in flight are in registers too
-        return Tiles(128 if head_size <= 128 else 64, 32, 32, num_stages=2)
-    if head_size > 128:  # wgmma can read the query from shared memory
-        return Tiles(64 if tensor_core == "wgmma" else 32, 16, 32, num_stages=3)
-    return Tiles(128, 16, 64 if num_groups == 1 else 32, num_stages=3)
+        return Tiles(128 if head_size <= 128 else 64, 32, 32, 2, 2)
+    is_wgmma = tensor_core == "wgmma"  # which can read the query from shared memory
+    if head_size > 128:
+        return Tiles(64 if is_wgmma else 32, 16, 32, 3, 3)
+    return Tiles(128, 16, 64 if num_groups == 1 else 32, 3, 3 if is_wgmma else 2)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def attention_config(
         splits=max(splits, 1),
         one_tile=one_tile,
         num_warps=num_warps,
-        num_stages=tiles.num_stages,
+        num_stages=tiles.num_stages if rows <= 32 else tiles.num_stages_many_rows,
     )
 
 

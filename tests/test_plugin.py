@@ -112,6 +112,49 @@ def test_slower_kernels_are_announced(
         function.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("found", "obstacle"),
+    [
+        ({}, None),
+        ({"capability": (7, 5)}, "need compute capability 8.0, and this GPU has 7.5"),
+        (
+            {"hip": "7.0", "name": "gfx1100"},
+            "gfx942 or gfx950, and this one is gfx1100",
+        ),
+        ({"hip": "7.0", "name": "gfx942:sramecc+"}, None),
+    ],
+)
+def test_a_gpu_gets_triton_kernels_or_hears_why_not(
+    found: dict[str, Any], obstacle: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv(kernels.OVERRIDE, raising=False)
+    properties = SimpleNamespace(gcnArchName=found.get("name"))
+    capability = found.get("capability", (8, 0))
+    for owner, name, value in (
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_capability", lambda: capability),
+        (torch.cuda, "get_device_properties", lambda _: properties),
+        (torch.version, "hip", found.get("hip")),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    warnings: list[str] = []
+    log = logging.Logger("test", logging.WARNING)
+    log.addFilter(lambda record: bool(warnings.append(record.getMessage())))
+    monkeypatch.setattr(kernels, "logger", log)
+    kernels.backend.cache_clear()
+    try:
+        name = kernels.backend().__name__.rpartition(".")[2]
+    finally:
+        kernels.backend.cache_clear()
+    if obstacle is None:
+        assert (name, warnings) == ("triton", [])
+    else:
+        assert name == "reference"
+        assert len(warnings) == 1
+        assert obstacle in warnings[0]
+
+
 def test_unquantized_model_is_refused() -> None:
     with pytest.raises(UserError, match="offq quantize MODEL OUT"):
         OffQConfig()

@@ -35,6 +35,9 @@ class Backend(NamedTuple):
 
 
 def _why_not_triton() -> str | None:
+    interprets = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if not torch.cuda.is_available() and not interprets:
+        return "need a GPU, or TRITON_INTERPRET=1 to try them without one"
     if not find_spec("triton"):
         return "need triton; install it"
     from vllm_offq.kernels.triton.target import why_not_usable

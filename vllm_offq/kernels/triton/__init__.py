@@ -6,7 +6,6 @@ With TRITON_INTERPRET=1, Triton runs them on the CPU, slowly: how they are teste
 from triton import knobs
 
 from vllm_offq.kernels.reference import Features
-from vllm_offq.kernels.triton import interpreter
 from vllm_offq.kernels.triton.kv_page import MAX_GROUPS
 from vllm_offq.kernels.triton.kv_store import kv_store
 from vllm_offq.kernels.triton.linear import linear, prepare_weight
@@ -18,4 +17,7 @@ FEATURES = Features(kv_multiple=16, max_head_groups=MAX_GROUPS, soft_cap=True, c
 """16: a tile of a product, and the bytes of an aligned load."""
 
 if knobs.runtime.interpret:
+    # Not on a GPU: it builds on what Triton may change from one version to the next.
+    from vllm_offq.kernels.triton import interpreter
+
     interpreter.install()

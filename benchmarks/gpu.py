@@ -5,8 +5,8 @@
 Linear: quantization included, against cuBLAS and vLLM's 4-bit kernels. Attention: new keys and
 values stored, then all attended to, rotations included, against vLLM's backends. Every call is a
 CUDA graph, as vLLM serves them, and finds nothing in the cache; medians of rounds in which the
-contenders take turns. What this GPU or this build has not got is listed with the reason. Whether the
-kernels are right, `pytest tests/kernels/triton` says there first.
+contenders take turns. What this GPU or this build has not got is listed with the reason. First let
+`pytest tests/kernels/triton` say whether the kernels are right there.
 """
 
 import math

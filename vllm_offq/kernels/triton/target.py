@@ -12,7 +12,7 @@ AMD_ARCHITECTURES = ("gfx942", "gfx950")
 
 
 def why_not_usable() -> str | None:
-    """What keeps this machine's GPU, or the interpreter, from running the kernels; None: nothing."""
+    """What keeps this machine's GPU from running the kernels; None: nothing, or no GPU is meant."""
     if knobs.runtime.interpret:
         return None
     if torch.version.hip is not None:

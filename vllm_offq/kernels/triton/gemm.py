@@ -125,11 +125,14 @@ def gemm_kernel(
         parameter = group[:, None] * out_features + output[None, :]
         parameter_mask = mask[:, None] & is_output[None, :]
         sums = tl.load(weight_sums_ptr + parameter, mask=parameter_mask, other=0).to(tl.float32)
-        # TF32 holds the sums, and an offset in two parts; a scaled sum needs two as well.
+        # TF32 holds an offset in two parts, and so a sum that has a scale or may exceed 2048.
         high, low = split_for_tf32(offset)
         if SCALE_PER_GROUP:
             weight_scale = tl.load(weight_scale_ptr + parameter, mask=parameter_mask, other=0.0)
-            sums, rest = split_for_tf32(sums * weight_scale.to(tl.float32))
+            sums *= weight_scale.to(tl.float32)
+        if SCALE_PER_GROUP or GROUP_SIZE > 256:
+            sums, rest = split_for_tf32(sums)
+            total = add_product(low, rest, total, WIDE, PRECISION)
             total = add_product(high, rest, total, WIDE, PRECISION)
         total = add_product(low, sums, total, WIDE, PRECISION)
         total = add_product(high, sums, total, WIDE, PRECISION)
@@ -183,9 +186,13 @@ def add_product(offset, sums, total, WIDE: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def split_for_tf32(x):
-    """x as the sum of two float32 whose first, and nearly second, 11 digits are all they have."""
+    """x as the sum of two numbers of 11 binary digits, up to 2^-21 of it.
+
+    The first is cut off, so that NaN remains what it is; the second is rounded.
+    """
     high = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
-    return high, x - high
+    low = ((x - high).to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return high, low.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Triton's interpreter (TRITON_INTERPRET=1) with the arithmetic of a GPU.
 
-Triton 3.9's own adds bfloat16 numbers as if they were integers and truncates where a GPU rounds, is
-slow at int8 products, and knows no inline PTX. `install()` puts an interpreter in its place that
-does not; the PTX it emulates is what unpacking nibbles takes.
+Triton 3.9's own adds bfloat16 numbers as if they were integers and truncates where a GPU rounds,
+takes TF32 for float32, is slow at int8 products, and knows no inline PTX. `install()` puts one in
+its place that does better; the PTX it emulates is what unpacking nibbles takes.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
@@ -27,6 +28,11 @@ def narrow(x: np.ndarray) -> np.ndarray:
     bits = x.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded).reshape(x.shape)
+
+
+def cut_to_tf32(x: np.ndarray) -> np.ndarray:
+    """The first 11 binary digits, which are all that tensor cores look at."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def is_bfloat16(handle: Any) -> bool:
@@ -56,8 +62,10 @@ class Builder(InterpreterBuilder):
         result = op(widen(lhs.data), widen(rhs.data))
         return TensorHandle(result if result.dtype == bool else narrow(result), tl.bfloat16)
 
-    def create_dot(self, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+    def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
         x, y = (widen(h.data) if is_bfloat16(h) else h.data for h in (a, b))
+        if input_precision == INPUT_PRECISION.TF32 and x.dtype == np.float32:
+            x, y = cut_to_tf32(x), cut_to_tf32(y)
         if x.dtype == np.int8:  # by BLAS, in floats that hold the sums
             exact = np.float32 if x.shape[-1] * 128 * 128 < 2**24 else np.float64
             product = np.matmul(x.astype(exact), y.astype(exact)).astype(np.int32)

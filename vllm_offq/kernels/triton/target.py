@@ -44,7 +44,7 @@ class Gpu(NamedTuple):
 
 
 AMD = Gpu("mfma", False, False, "ieee", "ieee")
-INTERPRETER = Gpu("mma", True, True, "ieee", "ieee")
+INTERPRETER = Gpu("mma", True, True, "ieee", "tf32")
 
 
 def nvidia(capability: tuple[int, int]) -> Gpu:

@@ -16,7 +16,7 @@ demo: $(READY) ## quantize a real model, serve it, compare its answer with the o
 test: $(READY) ## run all tests (under 30 minutes on two cores)
 	$(BIN)/python -m pytest
 
-check: $(READY) ## lint, types and the fast tests (under 2 minutes)
+check: $(READY) ## lint, types and the fast tests (under 3 minutes)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)/* tests/kernels/cpu/* benchmarks/*.cpp

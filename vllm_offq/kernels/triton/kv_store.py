@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_offq.kernels.triton.grid import asymmetric_range, has_nan, quantize
 from vllm_offq.kernels.triton.kv_page import channels_contiguous, num_groups_of, pack_parameters
-from vllm_offq.kernels.triton.rotate_quantize import nearest_code
 from vllm_offq.kernels.triton.target import gpu
 from vllm_offq.quantizer import range_to_scale
 
@@ -44,28 +44,20 @@ def load_halves(row_ptrs, pair, mask, HALF: tl.constexpr):
 
 
 @triton.jit
-def group_range(low, high, mask, range_to_scale):
+def stored_range(low, high, mask, range_to_scale):
     """Float16 scale and offset [M] of groups in two parts. low, high: [M, N]; mask: [1, N]."""
-    infinity = float("inf")
-    largest = tl.max(tl.where(mask, tl.maximum(low, high), -infinity), 1)
-    least = tl.min(tl.where(mask, tl.minimum(low, high), infinity), 1)
-    scale = (largest - least) * range_to_scale
-    offset = largest * 0.5 + least * 0.5 + scale * 0.5
-    # Reductions drop NaN, so it is looked for by itself.
-    has_nan = tl.max(((low != low) | (high != high)).to(tl.int32), 1) > 0
+    scale, offset = asymmetric_range(low, high, mask, range_to_scale)
+    is_nan = has_nan(low, high)
     return (
-        tl.where(has_nan, float("nan"), scale).to(tl.float16),
-        tl.where(has_nan, float("nan"), offset).to(tl.float16),
+        tl.where(is_nan, float("nan"), scale).to(tl.float16),
+        tl.where(is_nan, float("nan"), offset).to(tl.float16),
     )
 
 
 @triton.jit
 def quantize_rows(x, scale, offset):
     """Codes + 8 of x [M, N], by float16 scale and offset [M]."""
-    scale, offset = scale.to(tl.float32), offset.to(tl.float32)
-    is_constant = scale == 0.0
-    inverse = tl.where(is_constant, 0.0, tl.div_rn(1.0, tl.where(is_constant, 1.0, scale)))
-    return nearest_code((x - offset[:, None]) * inverse[:, None], 4) + 8
+    return quantize(x, scale.to(tl.float32), offset.to(tl.float32), 4) + 8
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -118,11 +110,11 @@ def kv_store_kernel(
     words_ptr = (page_ptr + BLOCK_SIZE * HEAD_SIZE).to(tl.pointer_type(tl.uint32))
     words_ptr += is_value * NUM_GROUPS * BLOCK_SIZE + place
     if NUM_GROUPS == 1:
-        scale, offset = group_range(low, high, pair_mask, range_to_scale)
+        scale, offset = stored_range(low, high, pair_mask, range_to_scale)
         high_scale, high_offset = scale, offset
     else:
-        scale, offset = group_range(low, low, pair_mask, range_to_scale)
-        high_scale, high_offset = group_range(high, high, pair_mask, range_to_scale)
+        scale, offset = stored_range(low, low, pair_mask, range_to_scale)
+        high_scale, high_offset = stored_range(high, high, pair_mask, range_to_scale)
         tl.store(words_ptr + BLOCK_SIZE, pack_parameters(high_scale, high_offset), mask=is_stored)
     tl.store(words_ptr, pack_parameters(scale, offset), mask=is_stored)
     codes = quantize_rows(low, scale, offset)

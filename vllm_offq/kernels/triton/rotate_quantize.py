@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_offq.kernels.triton.gemm_config import MAX_BLOCK_M
-from vllm_offq.kernels.triton.target import round_up
+from vllm_offq.kernels.triton.grid import asymmetric_range, has_nan, quantize
 from vllm_offq.quantizer import range_to_scale
 from vllm_offq.rotation import apply_block_hadamard, hadamard
 
@@ -79,26 +79,18 @@ def rotate_quantize_kernel(
     else:
         even, odd = tl.split(x.to(tl.float32).reshape(ROWS, HALF, 2))
 
-    # Reductions drop NaN, so it is looked for by itself.
-    has_nan = tl.max(((even != even) | (odd != odd)).to(tl.int32), 1) > 0
     if SYMMETRIC:
         scale = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), 1) * range_to_scale
         offset = tl.zeros_like(scale)
     else:
-        infinity = float("inf")
-        high = tl.max(tl.where(is_pair[None, :], tl.maximum(even, odd), -infinity), 1)
-        low = tl.min(tl.where(is_pair[None, :], tl.minimum(even, odd), infinity), 1)
-        scale = (high - low) * range_to_scale
-        offset = high * 0.5 + low * 0.5 + scale * 0.5
-    scale = tl.where(has_nan, float("nan"), scale)
+        scale, offset = asymmetric_range(even, odd, is_pair[None, :], range_to_scale)
+    scale = tl.where(has_nan(even, odd), float("nan"), scale)
     parameter = group * token_stride + token
     tl.store(scale_ptr + parameter, scale, mask=is_token)
     tl.store(offset_ptr + parameter, offset, mask=is_token)
 
-    is_constant = scale == 0.0
-    inverse = tl.where(is_constant, 0.0, tl.div_rn(1.0, tl.where(is_constant, 1.0, scale)))[:, None]
-    even = nearest_code((even - offset[:, None]) * inverse, BITS)
-    odd = nearest_code((odd - offset[:, None]) * inverse, BITS)
+    even = quantize(even, scale, offset, BITS)
+    odd = quantize(odd, scale, offset, BITS)
     group_number = row * num_groups + group
     mask = is_token[:, None] & is_pair[None, :]
     if WIDE:
@@ -129,15 +121,6 @@ def multiply_signs(x, columns):
 def cut_to_bfloat16(x):
     """The largest bfloat16 that is no larger in size."""
     return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def nearest_code(steps, BITS: tl.constexpr):
-    """To int32, ties to even, by the float whose last bit is one. NaN: code 0."""
-    steps = tl.where(steps == steps, steps, 0.0)
-    least: tl.constexpr = -(1 << (BITS - 1))
-    steps = tl.minimum(tl.maximum(steps, least), -1 - least)
-    return (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @cache
@@ -179,7 +162,7 @@ def rotate_quantize(
         x = apply_block_hadamard(x.float(), rotation_block_size)
     shape = (tokens, num_groups, 2, group_size // 2) if wide else (tokens, channels // 2)
     codes = torch.empty(shape, dtype=torch.int8 if wide else torch.uint8, device=x.device)
-    token_stride = round_up(tokens, MAX_BLOCK_M)
+    token_stride = triton.cdiv(tokens, MAX_BLOCK_M) * MAX_BLOCK_M
     parameters = torch.empty(2, num_groups, token_stride, dtype=torch.float32, device=x.device)
     scale, offset = parameters.unbind()
     rows, half, num_warps = tile_shape(

@@ -63,19 +63,9 @@ def gpu() -> Gpu:
     return nvidia(torch.cuda.get_device_capability())
 
 
-def float32_precision() -> str:
-    """Of this process's GPU."""
-    return gpu().float32_precision
-
-
 @cache
 def num_cores(device: torch.device) -> int:
     """Streaming multiprocessors (compute units on AMD)."""
     if knobs.runtime.interpret:
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-n // multiple) * multiple

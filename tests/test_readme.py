@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from itertools import groupby
+from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,7 +32,8 @@ def commands() -> list[list[str]]:
         words.whitespace_split, words.whitespace = True, " "
         lines = groupby(words, key=lambda word: word.strip("\n") == "")
         found += [list(line) for is_end, line in lines if not is_end]
-    return found
+    # A variable may be set for one command, as VLLM_CPU_KVCACHE_SPACE is.
+    return [list(dropwhile(lambda word: re.match(r"[A-Z_]+=", word), line)) for line in found]
 
 
 def served_models() -> set[str]:

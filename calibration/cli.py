@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from calibration.data_sources import BUILT_IN, SELF
 from calibration.eval_command import evaluate
 from calibration.inspect_command import inspect
 from calibration.settings import (
@@ -38,12 +39,17 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint; it must not exist.")],
     calibration: Annotated[
-        str,
+        list[str],
         typer.Option(
-            help="Text or jsonl file, datasets-library name (NAME[:CONFIG[:SPLIT]]), or `self`: "
-            "text that the model writes."
+            metavar="SOURCE[=WEIGHT]",
+            default_factory=lambda: [SELF],
+            show_default=SELF,
+            help=f"`{SELF}` (text that the model writes), {', '.join(BUILT_IN)}, a text file, "
+            "a jsonl, json, parquet or csv file (FILE or FILE:COLUMN), or a dataset's name with "
+            ":CONFIG, :SPLIT and :COLUMN, of texts or chat messages. May be given several times; "
+            "weights are shares of the samples.",
         ),
-    ] = "self",
+    ],
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     sequence_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     recipe: Annotated[
@@ -79,7 +85,7 @@ def quantize(
         basis=basis,
         kv_bits=kv_bits,
         head_bits=head_bits,
-        calibration=calibration,
+        calibration=tuple(calibration),
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,

@@ -20,7 +20,8 @@ def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
     )
     parts = "4-bit weights and activations" + (", an 8-bit head" if config.head else "")
     parts += " and a 4-bit KV cache" if cached else ""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in asdict(settings).items())
+    shown = asdict(settings) | {"calibration": ", ".join(settings.calibration)}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
     return f"""---
 {metadata.to_yaml()}
 ---

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from calibration.architectures import Architecture
-from calibration.data import SELF, calibration_tokens
+from calibration.data import calibration_tokens
+from calibration.data_sources import SELF, shares
 from calibration.fuse import fuse
 from calibration.gptq import gptq, output_error, round_head, round_to_nearest
 from calibration.instrument import (
@@ -97,10 +98,10 @@ def _run(
     progress: Progress,
 ) -> None:
     model, architecture = original.model, original.architecture
-    writes = settings.calibration == SELF
+    writes = SELF in shares(settings.calibration, settings.samples)
     with progress(
         "writing calibration text" if writes else "reading calibration text",
-        settings.samples * settings.sequence_length if writes else 1,
+        settings.samples * settings.sequence_length,
     ) as advance:
         tokens = calibration_tokens(
             settings.calibration,

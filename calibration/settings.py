@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from calibration.data_sources import SELF, shares
 from vllm_offq.errors import UserError
 
 RecipeName = Literal["offq", "quarot", "rtn"]
@@ -51,7 +52,8 @@ class Settings:
     kv_bits: KVBits = "4"
     head_bits: HeadBits = "8"
     """Of the output head's weights, and of its input where they are 8."""
-    calibration: str = "self"
+    calibration: tuple[str, ...] = (SELF,)
+    """Values of --calibration, SOURCE or SOURCE=WEIGHT."""
     samples: int = 32
     sequence_length: int = 512
     seed: int = 0
@@ -63,6 +65,9 @@ class Settings:
             raise UserError(f"recipe {self.recipe} is unknown; choose from {', '.join(RECIPES)}")
         if self.samples < 1 or self.sequence_length < 2:
             raise UserError("--samples must be at least 1 and --sequence-length at least 2")
+        if isinstance(self.calibration, str):  # or its letters would be the sources
+            raise UserError(f"calibration is a tuple of sources; give ({self.calibration!r},)")
+        shares(self.calibration, self.samples)  # refuses before a large model is read
 
     @property
     def rounding(self) -> Rounding:

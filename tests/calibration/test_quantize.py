@@ -43,7 +43,7 @@ def quantized(
     original: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Report]:
     out = tmp_path_factory.mktemp("quantized") / "offq"
-    return out, quantize(str(original), out, Settings(calibration=str(text), **QUICK))
+    return out, quantize(str(original), out, Settings(calibration=(str(text),), **QUICK))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -91,7 +91,7 @@ def test_linears_take_four_bits_and_their_scales(quantized: tuple[Path, Report])
 def test_the_head_takes_eight_bits_and_loses_next_to_nothing(
     quantized: tuple[Path, Report], original: Path, text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(calibration=str(text), head_bits="16", **QUICK)
+    settings = Settings(calibration=(str(text),), head_bits="16", **QUICK)
     quantize(str(original), tmp_path / "out", settings)
     validate_checkpoint(tmp_path / "out")
     checkpoint, unquantized = Checkpoint(quantized[0]), Checkpoint(tmp_path / "out")
@@ -134,7 +134,7 @@ def test_report_says_what_was_lost(quantized: tuple[Path, Report]) -> None:
 def test_gptq_beats_rounding_on_every_layer(
     quantized: tuple[Path, Report], original: Path, text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(calibration=str(text), weights="rtn", **QUICK)
+    settings = Settings(calibration=(str(text),), weights="rtn", **QUICK)
     nearest = quantize(str(original), tmp_path / "rtn", settings)
     for name, error in quantized[1].output_error.items():
         assert error < nearest.output_error[name], name
@@ -143,9 +143,9 @@ def test_gptq_beats_rounding_on_every_layer(
 def test_same_seed_and_input_give_the_same_bytes(
     quantized: tuple[Path, Report], original: Path, text: Path, tmp_path: Path
 ) -> None:
-    quantize(str(original), tmp_path / "again", Settings(calibration=str(text), **QUICK))
+    quantize(str(original), tmp_path / "again", Settings(calibration=(str(text),), **QUICK))
     assert digests(tmp_path / "again") == digests(quantized[0])
-    quantize(str(original), tmp_path / "other", Settings(calibration=str(text), seed=1, **QUICK))
+    quantize(str(original), tmp_path / "other", Settings(calibration=(str(text),), seed=1, **QUICK))
     assert digests(tmp_path / "other") != digests(quantized[0])
 
 
@@ -297,14 +297,15 @@ def test_what_is_no_model_is_refused(
 def test_an_existing_folder_is_kept_unless_overwritten(
     quantized: tuple[Path, Report], original: Path, text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(calibration=str(text), **QUICK)
+    settings = Settings(calibration=(str(text),), **QUICK)
     out = tmp_path / "out"
     quantize(str(original), out, settings)
     before = digests(out)
     with pytest.raises(UserError, match="--overwrite"):
         quantize(str(original), out, settings)
     assert digests(out) == before
-    quantize(str(original), out, Settings(calibration=str(text), seed=1, **QUICK), overwrite=True)
+    other = Settings(calibration=(str(text),), seed=1, **QUICK)
+    quantize(str(original), out, other, overwrite=True)
     assert digests(out) != before
 
 
@@ -322,7 +323,7 @@ def test_an_interrupted_run_leaves_nothing(
     monkeypatch.setattr(pipeline, "_write_rest", fail)
     expected = UserError if isinstance(interruption, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
-        quantize(str(original), tmp_path / "out", Settings(calibration=str(text), **QUICK))
+        quantize(str(original), tmp_path / "out", Settings(calibration=(str(text),), **QUICK))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,180 @@
+"""Documents of a calibration source in an order of the seed: local files, datasets."""
+
+import glob
+import json
+import random
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from calibration.data_sources import BUILT_IN, SELF
+from vllm_offq.errors import UserError
+
+LIBRARY_FORMATS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Files that the datasets library reads; .jsonl is read here, for line numbers in errors."""
+FILE_SUFFIXES = {".txt", ".md", ".jsonl", *LIBRARY_FORMATS}
+"""A source that ends so is a file that is missing, not the name of a dataset."""
+DEFAULT_COLUMNS = ("text", "messages")
+SHUFFLE_BUFFER = 10_000
+"""Documents that a stream is shuffled among, and that are read before the first comes."""
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""Today, for chat templates that ask: the same input gives the same bytes on another day."""
+
+
+class Document(NamedTuple):
+    """A text, or chat messages as the chat template writes them."""
+
+    text: str
+    is_chat: bool = False
+
+
+def read_documents(
+    source: str, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Iterator[Document]:
+    """Documents, no more read than are taken (but SHUFFLE_BUFFER ahead of a stream).
+
+    source: a key of BUILT_IN, FILE[:COLUMN] or NAME[:CONFIG[:SPLIT[:COLUMN]]]. A file that is
+    neither .jsonl, .json, .parquet nor .csv is one document of plain text.
+    Raises: UserError, at the document at fault, for what cannot be read.
+    """
+    source = BUILT_IN.get(source, source)
+    file = _file_and_column(source)
+    if file is None:
+        records, column = _dataset(source, seed), (*source.split(":"), "", "", "")[3]
+    else:
+        path, column = file
+        if path.suffix == ".jsonl":
+            records = _json_lines(path, seed)
+        elif path.suffix in LIBRARY_FORMATS:
+            records = _library_file(path, seed)
+        elif column:
+            raise UserError(f"calibration file {path} is plain text and has no column {column}")
+        else:
+            yield Document(_plain_text(path))
+            return
+    for where, record in records:
+        yield _document(record, column, tokenizer, where)
+
+
+def _file_and_column(source: str) -> tuple[Path, str] | None:
+    """The file that the source names, with "" where it names no column; None: no file."""
+    head, _, tail = source.rpartition(":")
+    for name, column in ((source, ""), (head, tail)):
+        path = Path(name)
+        if name and path.exists() and not path.is_dir():
+            return path, column
+    path = Path(source.partition(":")[0])
+    is_path = path.suffix in FILE_SUFFIXES or source.startswith((".", "/"))
+    if is_path and not path.is_dir():
+        raise UserError(f"calibration file {source} does not exist; give FILE or FILE:COLUMN")
+    return None
+
+
+def _plain_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"calibration file {path} cannot be read as UTF-8: {error}") from None
+
+
+def _json_lines(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
+    """Where each record is, and the record. Lines are found first, and parsed when taken."""
+    try:
+        with path.open("rb") as file:
+            starts = list(accumulate(map(len, file), initial=0))[:-1]
+            order = list(range(len(starts)))
+            random.Random(seed).shuffle(order)
+            for index in order:
+                where = f"calibration file {path}, line {index + 1}"
+                file.seek(starts[index])
+                line = file.readline()
+                if not line.strip():
+                    continue
+                try:
+                    yield where, json.loads(line.decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where} cannot be read as UTF-8: {error}") from None
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{where} is not JSON: {error.msg}") from None
+    except OSError as error:
+        raise UserError(f"calibration file {path} cannot be read: {error}") from None
+
+
+def _library_file(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
+    where, format_name = f"calibration file {path}", LIBRARY_FORMATS[path.suffix]
+    try:
+        for row in _stream(seed, format_name, data_files=glob.escape(str(path)), split="train"):
+            yield where, row
+    except Exception as error:  # whatever the library raises
+        raise UserError(f"{where} cannot be read ({_reason(error)})") from None
+
+
+def _dataset(source: str, seed: int) -> Iterator[tuple[str, Any]]:
+    name, config, split, *rest = (*source.split(":"), "", "")
+    if len(rest) > 3:
+        raise UserError(
+            f"calibration source {source} has too many parts; give NAME[:CONFIG[:SPLIT[:COLUMN]]]"
+        )
+    try:
+        for row in _stream(seed, name, config or None, split=split or "train"):
+            yield f"dataset {source}", row
+    except Exception as error:  # whatever the library or the network raises
+        raise UserError(
+            f"calibration source {source} is neither a file nor a dataset that can be loaded "
+            f"({_reason(error)}); give a text file, one of {', '.join(BUILT_IN)}, or {SELF}, "
+            "which needs no network"
+        ) from None
+
+
+def _stream(seed: int, *arguments: Any, **options: Any) -> Iterator[Any]:
+    from datasets import load_dataset  # heavy, and needed by these sources only
+
+    rows = load_dataset(*arguments, **options, streaming=True)
+    yield from rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _document(record: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Document:
+    """The text or messages in the column, or in the first of DEFAULT_COLUMNS with a value."""
+    if not isinstance(record, dict):
+        raise UserError(f'{where} is not an object with columns such as "text"')
+    columns = [name for name in ([column] if column else DEFAULT_COLUMNS) if name in record]
+    if not columns:
+        wanted = f'column "{column}"' if column else 'column "text" or "messages"'
+        raise UserError(
+            f"{where} has no {wanted}; name one of its columns behind a colon: "
+            f"{', '.join(map(str, record))}"
+        )
+    name = next((name for name in columns if record[name]), columns[0])
+    value = record[name]
+    if value is None or isinstance(value, str):
+        return Document(value or "")
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        return Document(_chat(value, tokenizer, where), is_chat=True)
+    raise UserError(f'{where}: column "{name}" is neither a text nor a list of chat messages')
+
+
+def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{where} has chat messages, and the tokenizer no chat template to write them by; "
+            "give a source of plain text"
+        )
+    # Arrow fills with None what a message lacks; templates ask whether it is there.
+    present = [
+        {key: value for key, value in message.items() if value is not None} for message in messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(
+            present, tokenize=False, strftime_now=TEMPLATE_DATE.strftime
+        )
+    except Exception as error:  # whatever the template raises
+        raise UserError(f"{where}: the chat template refuses it ({_reason(error)})") from None
+    return str(text)

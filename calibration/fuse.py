@@ -1,14 +1,14 @@
 """Folding norm gains and rotations into the weights of a Hugging Face model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from calibration.architectures import Architecture
 from calibration.architectures.base import head_size
-from calibration.instrument import OffQLinear, attention_state, layers_of
+from calibration.instrument import OffQLinear, attention_state
 from calibration.rotations import Rotations
 from vllm_offq.rotation import apply_block_hadamard
 
@@ -17,37 +17,47 @@ ROWS_AT_ONCE = 4096
 
 
 @torch.no_grad()
-def fuse(model: PreTrainedModel, architecture: Architecture, rotations: Rotations) -> None:
-    """Fold gains and rotations into an instrumented model, in place; what it computes stays.
+def fuse_embedding(embedding: nn.Module, rotations: Rotations) -> None:
+    """Rotate what the embedding writes to the residual stream, in place."""
+    if rotations.residual is not None:
+        _rotate_rows(embedding.weight, rotations.residual)  # type: ignore[arg-type]
 
-    Rotations are multiplied in float64. The head is untied from the embedding, since only the head
-    takes the final norm's gain.
-    """
-    head: nn.Linear = model.get_submodule(architecture.head)  # type: ignore[assignment]
-    embedding: nn.Embedding = model.get_submodule(architecture.embedding)  # type: ignore[assignment]
-    final_norm = model.get_submodule(architecture.final_norm)
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
+
+@torch.no_grad()
+def fuse_head(head: nn.Linear, final_norm: nn.Module, rotations: Rotations) -> None:
+    """Fold the final norm's gain and the rotation into a head of its own, in place."""
     _fold_gain([head], final_norm)
     if rotations.residual is not None:
         _rotate_input(head, rotations.residual)
-        _rotate_rows(embedding.weight, rotations.residual)
-    for index, layer in enumerate(layers_of(model, architecture)):
-        for site in architecture.sites:
-            linears = [_linear(layer, path) for path in site.modules]
-            if site.norm is not None:
-                _fold_gain(linears, layer.get_submodule(site.norm))
-                if rotations.residual is not None:
-                    for linear in linears:
-                        _rotate_input(linear, rotations.residual)
-            elif rotations.residual is not None:
+
+
+@torch.no_grad()
+def fuse_block(
+    layer: nn.Module,
+    index: int,
+    model_config: Any,
+    architecture: Architecture,
+    rotations: Rotations,
+) -> None:
+    """Fold gains and rotations into an instrumented block, in place; what it computes stays.
+
+    index: of the block; model_config: the Hugging Face config. Rotations multiply in float64.
+    """
+    for site in architecture.sites:
+        linears = [_linear(layer, path) for path in site.modules]
+        if site.norm is not None:
+            _fold_gain(linears, layer.get_submodule(site.norm))
+            if rotations.residual is not None:
                 for linear in linears:
-                    _rotate_output(linear, rotations.residual)
-        if rotations.values is not None:
-            _fuse_values(layer, architecture, rotations.values[index], head_size(model.config))
-        _fuse_down(layer, architecture, rotations, index)
-        if rotations.keys is not None:
-            attention_state(layer, architecture).key_rotation = rotations.keys[index]
+                    _rotate_input(linear, rotations.residual)
+        elif rotations.residual is not None:
+            for linear in linears:
+                _rotate_output(linear, rotations.residual)
+    if rotations.values is not None:
+        _fuse_values(layer, architecture, rotations.values[index], head_size(model_config))
+    _fuse_down(layer, architecture, rotations, index)
+    if rotations.keys is not None:
+        attention_state(layer, architecture).key_rotation = rotations.keys[index]
 
 
 def _linear(layer: nn.Module, path: str) -> OffQLinear:

@@ -7,6 +7,7 @@ with grids on what the served model computes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,35 +106,45 @@ def attention_state(layer: nn.Module, architecture: Architecture) -> AttentionSt
     return layer.get_submodule(architecture.attention).offq  # type: ignore[return-value]
 
 
+@dataclass
+class BlockInputs:
+    """What flows from one decoder block to the next."""
+
+    hidden: list[Tensor]
+    """Of each batch, [B, T, n] float32."""
+    arguments: list[dict[str, Any]]
+    """Of each block: all else that it is called with (masks, positions, rotary tables)."""
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace every batch by what block `index` makes of it."""
+        for number, batch in enumerate(self.hidden):
+            self.hidden[number] = block(batch, **self.arguments[index])
+
+
 @torch.no_grad()
-def first_layer_inputs(
+def block_inputs(
     model: PreTrainedModel, architecture: Architecture, tokens: Tensor, batch_size: int
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """What reaches the first block: hidden states a batch [B, T, n], and its other arguments.
+) -> BlockInputs:
+    """What reaches the first block. Embedding and final norm must be loaded, blocks need not.
 
-    tokens: [S, T] int64, batch_size divides S, so that the arguments (positions, rotary
-    tables) serve every batch.
+    tokens: [S, T] int64, batch_size divides S, so that the arguments serve every batch.
     """
+    blocks = layers_of(model, architecture)
+    arguments: list[dict[str, Any]] = [{} for _ in blocks]
     hidden: list[Tensor] = []
-    arguments: dict[str, Any] = {}
 
-    class Stop(Exception):  # noqa: N818 - leaves the forward pass, no error
-        pass
+    def pass_on(index: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        arguments[index] = kwargs | {"past_key_values": None, "use_cache": False}
+        if index == 0:
+            hidden.append(hidden_states)
+        return hidden_states
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-        kwargs.pop("hidden_states", None)
-        arguments.update(kwargs, past_key_values=None, use_cache=False)
-        raise Stop
-
-    handle = layers_of(model, architecture)[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for index, block in enumerate(blocks):
+        block.forward = partial(pass_on, index)
     try:
         for batch in tokens.split(batch_size):
-            try:
-                model(batch, use_cache=False)
-            except Stop:
-                continue
+            model.get_decoder()(batch, use_cache=False)
     finally:
-        handle.remove()
-    return hidden, arguments
+        for block in blocks:
+            del block.forward  # the class's own is found again
+    return BlockInputs(hidden, arguments)

@@ -1,23 +1,30 @@
-"""Reading the original model: a Hugging Face folder, a hub id or a GGUF file."""
+"""The original model, without its weights until they are asked for."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from calibration.architectures import Architecture, find_architecture
+from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
 from vllm_offq.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -26,21 +33,65 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 @dataclass
 class Original:
-    """A model in float32, and what its checkpoint carries over."""
+    """A model whose parameters are on the meta device, but for those that `loaded` holds."""
 
     name: str
     model: PreTrainedModel
+    weights: Weights
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     dtype: torch.dtype
     """The dtype of the original's weights."""
 
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(list(self.model.get_submodule(self.architecture.layers).children()))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the original's weights as it stores them, tied tensors once."""
+        return sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
+
+    @contextmanager
+    def loaded(self, *paths: str) -> Iterator[list[nn.Module]]:
+        """The submodules at these paths ("" is the whole model) with their weights, in float32.
+
+        After the block they are gone again, and with them whatever was changed in place.
+        Raises: UserError naming a tensor that is missing, of another shape or not finite.
+        """
+        modules = [self.model.get_submodule(path) for path in paths]
+        try:
+            for path, module in zip(paths, modules, strict=True):
+                # Tied parameters are listed twice: each place gets its own.
+                for name, parameter in module.named_parameters(remove_duplicate=False):
+                    stored = self._stored_name(f"{path}.{name}".lstrip("."))
+                    value = checked(stored, self.weights.load(stored), parameter.shape)
+                    set_module_tensor_to_device(module, name, "cpu", value, torch.float32)
+            yield modules
+        finally:
+            for module in modules:
+                for name, _ in list(module.named_parameters(remove_duplicate=False)):
+                    set_module_tensor_to_device(module, name, "meta")
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """One decoder block, as `loaded` does it."""
+        with self.loaded(f"{self.architecture.layers}.{index}") as (layer,):
+            yield layer
+
+    def _stored_name(self, name: str) -> str:
+        head = f"{self.architecture.head}.weight"
+        if name == head and head not in self.weights:
+            return f"{self.architecture.embedding}.weight"
+        return name
+
 
 def load_original(source: str) -> Original:
-    """Load a model for calibration, in float32. Code from the checkpoint is never run.
+    """Open a model for calibration. Code from the checkpoint is never run.
 
     Raises: UserError if source is no model, of an unsupported architecture, quantized already
-    (GGUF files excepted: they are dequantized), or damaged.
+    (GGUF files excepted: they are dequantized, in memory as a whole), or damaged.
     """
     disable_progress_bar()
     folder, arguments = _locate(source)
@@ -54,26 +105,44 @@ def load_original(source: str) -> Original:
     architecture = _architecture(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=None if gguf else True, **arguments
-        )
+        weights: Weights
+        if gguf:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
+            config = model.config
+            weights = LoadedWeights(model.state_dict())
+        else:
+            weights = ShardedWeights(Path(folder))
+        skeleton = _skeleton(config)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{source} cannot be loaded, it may be incomplete: {_first(error)}"
         ) from None
-    model.eval().requires_grad_(False)
-    model.config.quantization_config = None
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"{source}: tensor {name} has NaN or infinite values; it is damaged")
-    dtype = getattr(config, "dtype", None)
+    skeleton.config.quantization_config = None
+    skeleton.generation_config = _generation_config(folder) or skeleton.generation_config
     return Original(
         name=Path(source).name if Path(source).exists() else source,
-        model=model,
+        model=skeleton,
+        weights=weights,
         tokenizer=tokenizer,
         architecture=architecture,
-        dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
+        dtype=torch.float32 if gguf else weights.load(f"{architecture.embedding}.weight").dtype,
     )
+
+
+def _skeleton(config: Any) -> PreTrainedModel:
+    # Buffers are real: tables of rotary embeddings are in no checkpoint.
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def _generation_config(folder: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:  # there is none
+        return None
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:

@@ -6,15 +6,25 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from calibration.pipeline import Report, quantize
+from calibration.outcome import Report
+from calibration.pipeline import quantize
 from calibration.progress import rich_progress
+from calibration.resume import unfinished
 from calibration.settings import Settings
 
 
-def run(model: str, out: Path, settings: Settings, overwrite: bool) -> None:
+def run(model: str, out: Path, settings: Settings, overwrite: bool, resume: bool | None) -> None:
     """Quantize with bars, then print what was done."""
     console = Console()
-    report = quantize(model, out, settings, overwrite=overwrite, progress=rich_progress(console))
+    progress = rich_progress(console)
+    try:
+        report = quantize(
+            model, out, settings, overwrite=overwrite, resume=resume, progress=progress
+        )
+    except (KeyboardInterrupt, SystemExit):
+        if unfinished(out):
+            console.print("Stopped; the same command with --resume goes on from here.")
+        raise
     console.print(summary(report))
     console.print(f"Wrote {out} - serve it: vllm serve {out}", highlight=False)
 

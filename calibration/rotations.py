@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibration.settings import RECIPES, Settings
 from calibration.statistics import Statistics
+from vllm_offq.format import CheckpointConfig
 from vllm_offq.rotation import group_rotation, hadamard, principal_basis, sorted_grouping
 
 
@@ -25,6 +27,40 @@ class Rotations:
     """[L, intermediate], +1 or -1, fused."""
     down_block_size: int | None = None
     """Block of the Hadamard before down_proj, online."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is there, for a file; the inverse of from_tensors."""
+        return {
+            name: torch.as_tensor(value) for name, value in vars(self).items() if value is not None
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Rotations":
+        """Inverse of tensors."""
+        block_size = tensors.pop("down_block_size", None)
+        return cls(**tensors, down_block_size=None if block_size is None else int(block_size))
+
+
+def compute_rotations(
+    statistics: Statistics, config: CheckpointConfig, settings: Settings
+) -> Rotations:
+    """The rotations of the settings' recipe."""
+    rotation = RECIPES[settings.recipe].rotation
+    if rotation == "none":
+        return Rotations()
+    if rotation == "hadamard":
+        rotations = hadamard_rotations(statistics, settings.seed)
+    else:
+        rotations = principal_rotations(
+            statistics,
+            group_size=config.sites["attention_input"].group_size,
+            head_group_size=config.sites["attention_output"].group_size,
+            down_group_size=config.sites["mlp_output"].group_size,
+            basis=settings.basis,
+        )
+    if config.kv_cache is None:
+        rotations.keys = None
+    return rotations
 
 
 def principal_rotations(

@@ -6,11 +6,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from calibration.architectures import Architecture
 from calibration.architectures.base import head_size
-from calibration.instrument import OffQLinear, attention_state, first_layer_inputs, layers_of
+from calibration.instrument import OffQLinear, attention_state, block_inputs
+from calibration.loader import Original
 from vllm_offq.errors import UserError
 
 
@@ -32,30 +31,27 @@ class Statistics:
 
 @torch.no_grad()
 def collect(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    tokens: Tensor,
-    batch_size: int,
-    advance: Callable[[], None],
+    original: Original, tokens: Tensor, batch_size: int, advance: Callable[[], None]
 ) -> Statistics:
-    """Run the instrumented original over tokens [S, T]; `advance` is called after each layer.
+    """Run the instrumented original over tokens [S, T], block by block.
 
+    `advance` is called after each.
     Raises: UserError naming the layer where an activation is not finite.
     """
-    config = model.config
-    layers = layers_of(model, architecture)
-    hidden_size, dim = config.hidden_size, head_size(config)
-    heads = (len(layers), config.num_key_value_heads, dim, dim)
+    model, architecture, config = original.model, original.architecture, original.model.config
+    hidden_size, dim, num_layers = config.hidden_size, head_size(config), original.num_layers
+    heads = (num_layers, config.num_key_value_heads, dim, dim)
     statistics = Statistics(
         top_tokens=torch.empty(0, hidden_size),
         residual=torch.zeros(hidden_size, hidden_size, dtype=torch.float64),
         keys=torch.zeros(heads, dtype=torch.float64),
         values=torch.zeros(heads, dtype=torch.float64),
-        down_energy=torch.zeros(len(layers), config.intermediate_size, dtype=torch.float64),
+        down_energy=torch.zeros(num_layers, config.intermediate_size, dtype=torch.float64),
     )
     top_tokens: list[Tensor] = []
-    hidden, arguments = first_layer_inputs(model, architecture, tokens, batch_size)
-    for index, layer in enumerate(layers):
+    with original.loaded(architecture.embedding, architecture.final_norm):
+        inputs = block_inputs(model, architecture, tokens, batch_size)
+    for index in range(num_layers):
 
         def observe_down(index: int, x: Tensor) -> None:
             statistics.down_energy[index] += x.double().square().sum((0, 1))
@@ -72,23 +68,25 @@ def collect(
             flat = normed.flatten(0, 1)
             statistics.residual.add_((flat.T @ flat).double())
 
-        observed: list[OffQLinear] = []
-        for site in architecture.sites:
-            linear: OffQLinear = layer.get_submodule(site.modules[0])  # type: ignore[assignment]
-            if site.norm is not None:
-                gain: Tensor = layer.get_submodule(site.norm).weight  # type: ignore[assignment]
-                linear.observe = partial(observe_residual, _invertible(gain, index, site.norm))
-                observed.append(linear)
-            elif site.name == "mlp_output":
-                linear.observe = partial(observe_down, index)
-                observed.append(linear)
-        state = attention_state(layer, architecture)
-        state.observe = partial(observe_attention, index)
-        hidden = [layer(batch, **arguments) for batch in hidden]
-        state.observe = None
-        for linear in observed:
-            linear.observe = None
-        if not all(batch.isfinite().all() for batch in hidden):
+        with original.block(index) as layer:
+            observed: list[OffQLinear] = []
+            for site in architecture.sites:
+                linear: OffQLinear = layer.get_submodule(site.modules[0])  # type: ignore[assignment]
+                if site.norm is not None:
+                    gain: Tensor = layer.get_submodule(site.norm).weight  # type: ignore[assignment]
+                    gain = _invertible(gain)
+                    linear.observe = partial(observe_residual, gain)
+                    observed.append(linear)
+                elif site.name == "mlp_output":
+                    linear.observe = partial(observe_down, index)
+                    observed.append(linear)
+            state = attention_state(layer, architecture)
+            state.observe = partial(observe_attention, index)
+            inputs.advance(index, layer)
+            state.observe = None
+            for linear in observed:
+                linear.observe = None
+        if not all(batch.isfinite().all() for batch in inputs.hidden):
             raise UserError(
                 f"layer {index} gives NaN or infinite activations on the calibration text; "
                 "check the model's weights or load it with --dtype float32"
@@ -98,8 +96,6 @@ def collect(
     return statistics
 
 
-def _invertible(gain: Tensor, layer: int, norm: str) -> Tensor:
+def _invertible(gain: Tensor) -> Tensor:
     """The input before the gain is what the rotation sees; a dead channel stays zero."""
-    if not gain.isfinite().all():
-        raise UserError(f"layer {layer}: {norm} has NaN or infinite gains; the model is damaged")
     return torch.where(gain == 0, torch.full_like(gain, torch.inf), gain)

@@ -1,49 +1,65 @@
 """Writes an OffQ checkpoint so that an interrupted run leaves nothing under the final name."""
 
 import errno
+import fcntl
 import json
 import os
-import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_offq.errors import UserError
 from vllm_offq.format import CONFIG_FILE, INDEX_FILE
 
+MAX_SHARD_BYTES = 2**29
+"""Tensors of one shard are in memory together while it is written."""
+PART = "part-"
+"""Prefix of files that become shards at the end, when their number is known."""
+RESUME = "resume"
+"""Folder in the hidden one for what a resumed run needs; it does not become part of the model."""
+
 
 class CheckpointWriter:
-    """Writes a checkpoint into a temporary folder beside `out`, renamed when all is on disk.
+    """Writes a checkpoint into a hidden folder beside `out`, renamed when all is on disk.
 
-    A context manager. When the block ends with an exception (KeyboardInterrupt included) the
-    temporary folder is removed and nothing stands, or changes, under the final name.
+    A context manager. When the block ends with an exception (KeyboardInterrupt included) nothing
+    stands, or changes, under the final name; the hidden folder is removed, unless `keep` is set
+    because a later run can go on with it.
 
     out: the final folder. overwrite: replace a model that stands there, at the very end.
+    resume: start with what an earlier run left in the hidden folder, see `adopt`.
     max_shard_bytes: tensors are kept in memory until they fill a shard of this size.
     expected_bytes: the size to come, where known; checked against the free space at once.
-    Raises: UserError if `out` exists, cannot be written, or the disk is too small or full.
+    Raises: UserError if `out` exists, cannot be written, is being written by another run, or the
+    disk is too small or full.
     """
 
     def __init__(
         self,
         out: Path,
         overwrite: bool = False,
-        max_shard_bytes: int = 5 * 2**30,
+        resume: bool = False,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
         expected_bytes: int | None = None,
     ) -> None:
         self.out = Path(out).resolve()
-        self.folder = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.partial"
+        self.folder = partial_folder(self.out)
         """Other files of the checkpoint (the tokenizer's) may be saved here."""
+        self.keep = False
+        """Leave the folder behind when the block ends with an exception."""
+        self.parts: list[str] = []
+        """Files that hold what has been committed, in order."""
         self._overwrite = overwrite
+        self._resume = resume
         self._max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shards: list[list[str]] = []
         self._names: set[str] = set()
         if self.out.exists():
             if not overwrite:
@@ -64,19 +80,49 @@ class CheckpointWriter:
             )
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise UserError(
+                f"another run is writing {self.out}; wait for it or choose another folder"
+            ) from None
+        if not self._resume:
+            _clear(self.folder)
         return self
+
+    def adopt(self, parts: Sequence[str]) -> None:
+        """Take over the parts of an earlier run; parts beyond these are removed."""
+        for path in self.folder.glob(f"{PART}*"):
+            if path.name not in parts:
+                path.unlink()
+        for part in parts:
+            with safe_open(self.folder / part, framework="pt") as file:
+                self._names |= set(file.keys())
+        self.parts = list(parts)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue one tensor. A copy is taken, so the caller may reuse its memory."""
         if name in self._names:
             raise ValueError(f"tensor {name} was added twice")
         if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
-            self._flush()
+            self.commit()
         self._names.add(name)
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
+
+    def commit(self) -> None:
+        """Put all that was added on disk, in a part of its own."""
+        if not self._pending:
+            return
+        path = self.folder / f"{PART}{len(self.parts) + 1:05d}"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        _fsync(path)
+        self.parts.append(path.name)
+        self._pending = {}
+        self._pending_bytes = 0
 
     def add_text(self, filename: str, text: str) -> None:
         """Write one text file."""
@@ -89,13 +135,17 @@ class CheckpointWriter:
         traceback: TracebackType | None,
     ) -> None:
         error = exception
-        if error is None:
-            try:
-                self._finish()
-                return
-            except BaseException as failure:
-                error = failure
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            if error is None:
+                try:
+                    self._finish()
+                    return
+                except BaseException as failure:
+                    error = failure
+            if not self.keep:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            os.close(self._lock)
         if _is_disk_full(error):
             raise UserError(
                 f"no space left on the disk of {self.out.parent}; free some space or choose "
@@ -104,27 +154,25 @@ class CheckpointWriter:
         if error is not exception:
             raise error
 
-    def _shard_path(self, number: int, count: int | None = None) -> Path:
-        suffix = "partial" if count is None else f"{count:05d}.safetensors"
-        return self.folder / f"model-{number:05d}-of-{suffix}"
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        # The number of shards, part of their names, is known only at the end.
-        path = self._shard_path(len(self._shards))
-        save_file(self._pending, path, metadata={"format": "pt"})
-        self._pending = {}
-        self._pending_bytes = 0
-
     def _finish(self) -> None:
-        if self._pending:
-            self._flush()
+        self.commit()
+        groups = self._shards()
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
-            path = self._shard_path(number, len(self._shards))
-            self._shard_path(number).rename(path)
-            weight_map |= dict.fromkeys(names, path.name)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        total_bytes = 0
+        for number, parts in enumerate(groups, 1):
+            path = self.folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            path.unlink(missing_ok=True)  # of a run that was killed here
+            if len(parts) == 1:
+                _link(parts[0], path)
+            else:
+                tensors: dict[str, Tensor] = {}
+                for part in parts:
+                    tensors |= load_file(part)
+                save_file(tensors, path, metadata={"format": "pt"})
+            with safe_open(path, framework="pt") as shard:
+                weight_map |= dict.fromkeys(shard.keys(), path.name)
+            total_bytes += _tensor_bytes(path)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         self.add_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")
         mode = (self.folder / INDEX_FILE).stat().st_mode
         for path in self.folder.glob("*.safetensors"):
@@ -132,7 +180,23 @@ class CheckpointWriter:
         for path in [*self.folder.rglob("*"), self.folder]:
             _fsync(path)
         self._publish()
+        # Only now, so that a run killed before can be resumed.
+        for name in self.parts:
+            (self.out / name).unlink()
+        shutil.rmtree(self.out / RESUME, ignore_errors=True)
         _fsync(self.out.parent)
+
+    def _shards(self) -> list[list[Path]]:
+        """The parts that go into each shard: as many as fit, at least one."""
+        shards: list[list[Path]] = []
+        size = 0
+        for path in (self.folder / name for name in self.parts):
+            size += path.stat().st_size
+            if not shards or size > self._max_shard_bytes:
+                shards.append([])
+                size = path.stat().st_size
+            shards[-1].append(path)
+        return shards
 
     def _publish(self) -> None:
         if not self.out.exists():
@@ -148,6 +212,34 @@ class CheckpointWriter:
             replaced.rename(self.out)
             raise
         shutil.rmtree(replaced)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a checkpoint grows until it is complete."""
+    out = Path(out).resolve()
+    return out.parent / f".{out.name}.partial"
+
+
+def _link(source: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(source)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, path)
+
+
+def _tensor_bytes(shard: Path) -> int:
+    """All but the header, whose length is the file's first eight bytes."""
+    with shard.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return shard.stat().st_size - header - 8
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _is_replaceable(path: Path) -> bool:

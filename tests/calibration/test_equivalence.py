@@ -1,5 +1,7 @@
 """With every quantizer off, a rotated model computes what the original computes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calibration.architectures import find_architecture
-from calibration.fuse import fuse
+from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import attention_state, instrument, layers_of
+from calibration.loader import load_original
 from calibration.rotations import Rotations, hadamard_rotations, principal_rotations
 from calibration.statistics import Statistics, collect
 
@@ -30,28 +33,41 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_tiny_llama(tmp_path_factory.mktemp(request.param), **MODELS[request.param])
 
 
-def load(folder: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model.requires_grad_(False)
+@pytest.fixture(scope="module")
+def original_model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def original_logits(folder: Path) -> Tensor:
-    return load(folder)(TOKENS).logits
+def original_logits(original_model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return original_model(TOKENS).logits
 
 
 @pytest.fixture(scope="module")
 def statistics(folder: Path) -> Statistics:
-    model = load(folder)
+    original = load_original(str(folder))
+    instrument(original.model, LLAMA)
+    return collect(original, TOKENS, batch_size=2, advance=lambda: None)
+
+
+@contextmanager
+def rotated(folder: Path, rotations: Rotations) -> Iterator[PreTrainedModel]:
+    """The whole model, instrumented, with gains and rotations folded in."""
+    original = load_original(str(folder))
+    model = original.model
     instrument(model, LLAMA)
-    return collect(model, LLAMA, TOKENS, batch_size=2, advance=lambda: None)
+    with torch.no_grad(), original.loaded(""):
+        fuse_embedding(model.get_submodule(LLAMA.embedding), rotations)
+        for index, layer in enumerate(layers_of(model, LLAMA)):
+            fuse_block(layer, index, model.config, LLAMA, rotations)
+        fuse_head(model.get_submodule(LLAMA.head), model.get_submodule(LLAMA.final_norm), rotations)
+        yield model
 
 
 def rotated_logits(folder: Path, rotations: Rotations) -> Tensor:
-    model = load(folder)
-    instrument(model, LLAMA)
-    fuse(model, LLAMA, rotations)
-    return model(TOKENS).logits
+    with rotated(folder, rotations) as model:
+        return model(TOKENS).logits
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
@@ -89,21 +105,19 @@ def test_a_forgotten_rotation_would_be_seen(
     folder: Path, original_logits: Tensor, statistics: Statistics
 ) -> None:
     """The tests above mean something: each rotation changes the weights that it is fused into."""
-    model = load(folder)
-    instrument(model, LLAMA)
-    fuse(model, LLAMA, offq(statistics))
-    for layer in layers_of(model, LLAMA):
-        layer.get_submodule(LLAMA.down).online_hadamard = None
-    without_hadamard = model(TOKENS).logits
+    with rotated(folder, offq(statistics)) as model:
+        for layer in layers_of(model, LLAMA):
+            layer.get_submodule(LLAMA.down).online_hadamard = None
+        without_hadamard = model(TOKENS).logits
     assert (without_hadamard - original_logits).norm() / original_logits.norm() > 1e-2
 
 
-def test_instrumented_model_generates_with_a_cache(folder: Path, statistics: Statistics) -> None:
+def test_instrumented_model_generates_with_a_cache(
+    folder: Path, original_model: PreTrainedModel, statistics: Statistics
+) -> None:
     """Keys are rotated per call, so cached and new ones agree."""
     prompt = TOKENS[:1, :8]
-    expected = load(folder).generate(prompt, max_new_tokens=12, do_sample=False)
-    model = load(folder)
-    instrument(model, LLAMA)
-    fuse(model, LLAMA, offq(statistics))
-    assert attention_state(layers_of(model, LLAMA)[0], LLAMA).key_rotation is not None
-    assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(expected)
+    expected = original_model.generate(prompt, max_new_tokens=12, do_sample=False)
+    with rotated(folder, offq(statistics)) as model:
+        assert attention_state(layers_of(model, LLAMA)[0], LLAMA).key_rotation is not None
+        assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(expected)

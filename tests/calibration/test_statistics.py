@@ -7,8 +7,9 @@ from tiny_models import make_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from calibration.architectures import find_architecture
-from calibration.fuse import fuse
-from calibration.instrument import OffQLinear, instrument, layers_of
+from calibration.fuse import fuse_block, fuse_embedding
+from calibration.instrument import OffQLinear, block_inputs, instrument
+from calibration.loader import load_original
 from calibration.rotations import principal_rotations
 from calibration.statistics import collect
 from vllm_offq.rotation import principal_basis
@@ -18,27 +19,33 @@ LLAMA = find_architecture(["LlamaForCausalLM"])
 
 def test_planted_outlier_is_found_and_becomes_a_constant(tmp_path: Path) -> None:
     """A direction added to every token's embedding dominates the residual stream."""
-    model = AutoModelForCausalLM.from_pretrained(
-        make_tiny_llama(tmp_path, tied=False), dtype=torch.float32
-    ).requires_grad_(False)
+    folder = make_tiny_llama(tmp_path, tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     direction = torch.nn.functional.normalize(torch.randn(256, generator=generator), dim=0)
     model.model.embed_tokens.weight += 100 * direction
     for layer in model.model.layers:  # so that the norm's input is the direction itself
         layer.input_layernorm.weight.fill_(1.0)
         layer.post_attention_layernorm.weight.fill_(1.0)
-    instrument(model, LLAMA)
+    model.save_pretrained(folder)
+    original = load_original(str(folder))
+    instrument(original.model, LLAMA)
     tokens = torch.randint(0, 512, (4, 32), generator=generator)
-    statistics = collect(model, LLAMA, tokens, batch_size=4, advance=lambda: None)
+    statistics = collect(original, tokens, batch_size=4, advance=lambda: None)
 
     basis = principal_basis(statistics.top_tokens, statistics.residual)
     assert (basis[:, 0] @ direction.double()).abs() > 0.99
 
-    fuse(model, LLAMA, principal_rotations(statistics, 64, 64, 64, basis="top-1"))
+    rotations = principal_rotations(statistics, 64, 64, 64, basis="top-1")
     seen: list[torch.Tensor] = []
-    linear: OffQLinear = layers_of(model, LLAMA)[0].get_submodule(LLAMA.query)
-    linear.observe = seen.append
-    model(tokens)
+    with original.loaded(LLAMA.embedding, LLAMA.final_norm) as (embedding, _):
+        fuse_embedding(embedding, rotations)
+        inputs = block_inputs(original.model, LLAMA, tokens, batch_size=4)
+    with original.block(0) as layer, torch.no_grad():
+        fuse_block(layer, 0, original.model.config, LLAMA, rotations)
+        linear: OffQLinear = layer.get_submodule(LLAMA.query)
+        linear.observe = seen.append
+        inputs.advance(0, layer)
     groups = seen[0].flatten(0, 1).unflatten(-1, (-1, 64))
     with_outlier = groups[:, 0]  # rank 0 goes to group 0, slot 0: a constant on its 64 channels
     spread = with_outlier.std(-1).mean()
@@ -46,17 +53,18 @@ def test_planted_outlier_is_found_and_becomes_a_constant(tmp_path: Path) -> None
 
 
 def test_top_tokens_are_the_largest_of_each_sequence_and_layer_input(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_llama(tmp_path), dtype=torch.float32)
-    instrument(model.requires_grad_(False), LLAMA)
+    original = load_original(str(make_tiny_llama(tmp_path)))
+    instrument(original.model, LLAMA)
     tokens = torch.randint(0, 512, (6, 16), generator=torch.Generator().manual_seed(0))
-    whole = collect(model, LLAMA, tokens, batch_size=6, advance=lambda: None)
+    whole = collect(original, tokens, batch_size=6, advance=lambda: None)
     assert whole.top_tokens.shape == (2 * 2 * 6, 256)
-    first_input = model.model.embed_tokens(tokens)
+    with original.loaded(LLAMA.embedding) as (embedding,):
+        first_input = embedding(tokens)
     normed = first_input / first_input.square().mean(-1, keepdim=True).add(1e-6).sqrt()
     expected = normed.abs().amax((1, 2))
     torch.testing.assert_close(whole.top_tokens[:6].abs().amax(-1), expected)
     # However the sequences are batched, the statistics are the same.
-    split = collect(model, LLAMA, tokens, batch_size=2, advance=lambda: None)
+    split = collect(original, tokens, batch_size=2, advance=lambda: None)
     for name in ("residual", "keys", "values", "down_energy"):
         found, expected = getattr(split, name), getattr(whole, name)
         assert (found - expected).norm() < 1e-5 * expected.norm()  # sums of float32 products

@@ -1,0 +1,107 @@
+"""What an interrupted run leaves on disk, so that a later one goes on where it stopped."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_offq.checkpoint_writer import RESUME, CheckpointWriter, partial_folder
+from vllm_offq.errors import UserError
+
+STATE = "state.json"
+
+
+@dataclass
+class State:
+    """How far a run has come."""
+
+    fingerprint: dict[str, Any]
+    """All that decides the result: a run with another one must not go on with this."""
+    layers: int = 0
+    """Decoder blocks that are quantized and on disk."""
+    parts: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def unfinished(out: Path) -> bool:
+    """Whether an earlier run to this folder can be resumed."""
+    return (partial_folder(out) / RESUME / STATE).is_file()
+
+
+class SavedRun:
+    """State and tensors of a run, in the writer's folder; each change is whole or not there.
+
+    resume: go on with what is there.
+    Raises: UserError naming the settings that differ from the earlier run's.
+    """
+
+    def __init__(self, writer: CheckpointWriter, fingerprint: dict[str, Any], resume: bool) -> None:
+        self._writer = writer
+        self._folder = writer.folder / RESUME
+        self._folder.mkdir(exist_ok=True)
+        self.state = State(fingerprint)
+        writer.keep = resume  # also where it is refused below
+        if resume:
+            self.state = _read(self._folder / STATE)
+            _compare(self.state.fingerprint, fingerprint, writer.out)
+            writer.adopt(self.state.parts)
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors that were saved under a name, if any."""
+        path = self._path(name)
+        return load_file(path) if path.is_file() else None
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors under a name until the run ends or they are dropped."""
+        path = self._path(name)
+        unfinished_path = path.with_suffix(".unfinished")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished_path)
+        unfinished_path.replace(path)
+
+    def drop(self, name: str) -> None:
+        """Forget what was saved under a name."""
+        self._path(name).unlink(missing_ok=True)
+
+    def commit(self) -> None:
+        """Everything so far counts: from now on an interruption loses only what comes after."""
+        self._writer.commit()
+        self.state.parts = self._writer.parts
+        path = self._folder / STATE
+        unfinished_path = path.with_suffix(".unfinished")
+        with unfinished_path.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self.state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished_path.replace(path)
+        self._writer.keep = True
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+
+def _read(path: Path) -> State:
+    try:
+        return State(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"the unfinished run in {path.parent.parent} cannot be read ({error}); start anew with "
+            "--no-resume"
+        ) from None
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    now = json.loads(json.dumps(now))
+    different = [
+        f"{key} was {before.get(key)!r} and is {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+    if different:
+        raise UserError(
+            f"the unfinished run to {out} was another: {'; '.join(different)}; repeat it with the "
+            "settings that it had, or start anew with --no-resume"
+        )

@@ -1,0 +1,205 @@
+"""A run that is stopped loses little: it goes on by --resume, and ends with the same bytes."""
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny_llama
+
+from calibration import cli, pipeline
+from calibration.pipeline import quantize
+from calibration.settings import Settings
+from vllm_offq.checkpoint import CheckpointWriter, validate_checkpoint
+from vllm_offq.checkpoint_writer import RESUME, partial_folder
+from vllm_offq.errors import UserError
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("original") / "model", layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    text = tmp_path_factory.mktemp("text") / "calibration.txt"
+    text.write_text("".join(f"In {year} rock {year % 7} had a lamp.\n" for year in range(900)))
+    return Settings(calibration=(str(text),), samples=4, sequence_length=64)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    original: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    quantize(str(original), out, settings)
+    return digests(out)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file() and not file.name.startswith("report")  # which says how long it took
+    }
+
+
+def layers_done(out: Path) -> int:
+    try:
+        return int(json.loads((partial_folder(out) / RESUME / "state.json").read_text())["layers"])
+    except FileNotFoundError:
+        return -1
+
+
+def stop_after(layers: int, monkeypatch: pytest.MonkeyPatch, how: BaseException) -> None:
+    """Make the block of that number raise."""
+    quantize_layer = pipeline._quantize_layer
+
+    def fail(original: object, index: int, *rest: object) -> None:
+        if index == layers:
+            raise how
+        quantize_layer(original, index, *rest)
+
+    monkeypatch.setattr(pipeline, "_quantize_layer", fail)
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("how", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_an_interrupted_run_goes_on(
+    layers: int,
+    how: BaseException,
+    original: Path,
+    settings: Settings,
+    uninterrupted: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(layers, patch, how)
+        with pytest.raises(UserError if isinstance(how, OSError) else KeyboardInterrupt):
+            quantize(str(original), out, settings)
+    assert not out.exists()
+    with pytest.raises(UserError, match=r"unfinished run .*--resume.*--no-resume"):
+        quantize(str(original), out, settings)
+    assert layers_done(out) == layers
+    done: list[int] = []
+    with monkeypatch.context() as patch:
+        quantize_layer = pipeline._quantize_layer
+        patch.setattr(
+            pipeline,
+            "_quantize_layer",
+            lambda o, i, *rest: done.append(i) or quantize_layer(o, i, *rest),
+        )
+        quantize(str(original), out, settings, resume=True)
+    assert done == list(range(layers, LAYERS))
+    validate_checkpoint(out)
+    assert digests(out) == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_run_goes_on(
+    original: Path, settings: Settings, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
+    """SIGKILL, twice, at moments that no code prepares for."""
+    out = tmp_path / "out"
+    command = [str(Path(sys.executable).with_name("offq")), "quantize", str(original), str(out)]
+    command += ["--calibration", *settings.calibration, "--samples", "4"]
+    command += ["--sequence-length", "64", "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums depend on it
+    for layers in (1, LAYERS - 1):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+        deadline = time.monotonic() + 120
+        while layers_done(out) < layers and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        run.kill()
+        assert run.wait() == -signal.SIGKILL, "it ended before it could be killed"
+        assert not out.exists()
+    finished = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=environment)
+    assert finished.returncode == 0
+    assert digests(out) == uninterrupted
+
+
+def test_other_settings_do_not_go_on(
+    original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(1, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(original), out, settings)
+    other = Settings(calibration=settings.calibration, samples=5, sequence_length=64)
+    with pytest.raises(UserError, match="samples was 4 and is 5"):
+        quantize(str(original), out, other, resume=True)
+    with pytest.raises(UserError, match="model was"):
+        quantize(str(make_tiny_llama(tmp_path / "changed", seed=1)), out, settings, resume=True)
+    assert layers_done(out) == 1
+    quantize(str(original), out, other, resume=False)
+    validate_checkpoint(out)
+
+
+def test_what_is_in_the_way_of_nobody_is_not_kept(
+    original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the activations are measured there is nothing to go on with."""
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "collect", fail)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(original), tmp_path / "out", settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_state_is_refused(
+    original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    state = partial_folder(out) / RESUME / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{")
+    with pytest.raises(UserError, match="--no-resume"):
+        quantize(str(original), out, settings, resume=True)
+
+
+def test_two_runs_do_not_write_the_same_folder(
+    original: Path, settings: Settings, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(UserError, match="another run is writing"),
+        CheckpointWriter(out),
+    ):
+        quantize(str(original), out, settings)
+
+
+def test_a_terminated_command_says_how_to_go_on(
+    original: Path,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pipeline, "_write_rest", lambda *_: signal.raise_signal(signal.SIGTERM))
+    options = ["--calibration", *settings.calibration, "--samples", "4", "--sequence-length", "64"]
+    monkeypatch.setattr(
+        sys, "argv", ["offq", "quantize", str(original), str(tmp_path / "out"), *options]
+    )
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "--resume goes on from here" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()

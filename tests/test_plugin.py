@@ -19,7 +19,6 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor import parameter
 from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention, MLAAttention
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -141,7 +140,6 @@ def test_the_head_computes_its_eight_bit_product(dtype: torch.dtype) -> None:
         (LinearBase, "model.layers.0.mlp.router", "mlp.router is neither quantized nor ignored"),
         (LinearBase, "model.layers.0.fused_proj", "fuses .*q_proj, .*up_proj.* share one site"),
         (LinearBase, "model.layers.0.half_proj", "fuses .*q_proj, .*router.* share one site"),
-        (RoutedExperts, "model.layers.0.mlp.experts", "mixture-of-experts.*mlp.experts"),
         (EncoderOnlyAttention, "model.layers.0.attn", "EncoderOnlyAttention"),
         (MLAAttention, "model.layers.0.attn", "MLAAttention"),
     ],

@@ -20,6 +20,7 @@ from vllm_offq.errors import UserError
 from vllm_offq.format import QUANT_METHOD, CheckpointConfig, parse_config
 from vllm_offq.kv_cache import OffQKVCacheMethod
 from vllm_offq.linear import OffQHeadMethod, OffQLinearMethod
+from vllm_offq.moe import OffQMoEMethod
 
 
 class OffQConfig(QuantizationConfig):
@@ -80,7 +81,7 @@ class OffQConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead) and self.checkpoint.head is not None:
             return OffQHeadMethod(self.checkpoint.head)
         if isinstance(layer, RoutedExperts):
-            raise UserError(f"mixture-of-experts layers are not supported by OffQ yet: {prefix}")
+            return self._moe_method(layer, prefix)
         if isinstance(layer, AttentionLayerBase):
             return self._kv_cache_method(layer, prefix)
         return None  # The embedding stays in 16 bit.
@@ -107,6 +108,30 @@ class OffQConfig(QuantizationConfig):
                 "this model architecture is not supported by OffQ yet"
             )
         return OffQLinearMethod(site, self.checkpoint.weights.group_size)
+
+    def _moe_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        gate_up_names = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name
+        names = [*gate_up_names, layer.ckpt_down_proj_name]
+        ignored = [
+            self.checkpoint.is_ignored(f"{prefix}.{expert}.{name}")
+            for expert in range(layer.global_num_experts)
+            for name in names
+        ]
+        if all(ignored):
+            return None  # vLLM's own method
+        gate, up, down = (self.checkpoint.site_of(f"{prefix}.0.{name}") for name in names)
+        if any(ignored) or gate != up:
+            raise UserError(
+                f"vLLM computes the experts {prefix} together, {' and '.join(gate_up_names)} as "
+                "one linear: they must share one site of the checkpoint, and none be ignored; "
+                "quantize the model again"
+            )
+        if gate is None or down is None:
+            raise UserError(
+                f"the experts {prefix} are neither quantized nor ignored by the checkpoint; "
+                "this model architecture is not supported by OffQ yet"
+            )
+        return OffQMoEMethod(layer, gate, down, self.checkpoint.weights.group_size)
 
     def _kv_cache_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         kv_cache = self.checkpoint.kv_cache

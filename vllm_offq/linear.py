@@ -44,7 +44,13 @@ class OffQLinearMethod(LinearMethodBase):
 
         Raises: UserError if this rank's part of the input cuts a group or a Hadamard block.
         """
-        self._check_partition(layer, input_size_per_partition, input_size)
+        check_partition(
+            layer.prefix,
+            self.site,
+            self.weight_group_size,
+            input_size_per_partition,
+            input_size,
+        )
         weight_loader = extra_weight_attrs["weight_loader"]
         n = sum(output_partition_sizes)
         layer.register_parameter(
@@ -75,24 +81,6 @@ class OffQLinearMethod(LinearMethodBase):
                 weight_loader=weight_loader,
             )
         layer.register_parameter(WEIGHT_SCALE, scale)
-
-    def _check_partition(self, layer: LinearBase, partition: int, input_size: int) -> None:
-        unit = math.lcm(
-            self.site.group_size, self.site.online_hadamard or 1, self.weight_group_size or 1
-        )
-        if partition % unit == 0:
-            return
-        whole_groups = input_size // unit
-        works = [size for size in range(1, whole_groups + 1) if whole_groups % size == 0]
-        if input_size % unit:
-            raise UserError(
-                f"{layer.prefix} has {input_size} input channels, which its groups of {unit} do "
-                "not divide; quantize the model again"
-            )
-        raise UserError(
-            f"tensor parallel size {input_size // partition} cuts the groups of {unit} input "
-            f"channels of {layer.prefix}; sizes that work for it: {', '.join(map(str, works))}"
-        )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Replace the stored form of the weight by the one the kernels run on.
@@ -128,6 +116,29 @@ class OffQLinearMethod(LinearMethodBase):
             self.site.symmetric,
             self.site.bits,
         )
+
+
+def check_partition(
+    name: str, site: SiteConfig, weight_group_size: int | None, partition: int, input_size: int
+) -> None:
+    """Raises: UserError if a rank's part of a linear's input cuts a group or a Hadamard block.
+
+    partition: input channels of a rank, of input_size.
+    """
+    unit = math.lcm(site.group_size, site.online_hadamard or 1, weight_group_size or 1)
+    if partition % unit == 0:
+        return
+    whole_groups = input_size // unit
+    works = [size for size in range(1, whole_groups + 1) if whole_groups % size == 0]
+    if input_size % unit:
+        raise UserError(
+            f"{name} has {input_size} input channels, which its groups of {unit} do not divide; "
+            "quantize the model again"
+        )
+    raise UserError(
+        f"tensor parallel size {input_size // partition} cuts the groups of {unit} input channels "
+        f"of {name}; sizes that work for it: {', '.join(map(str, works))}"
+    )
 
 
 class OffQHeadMethod(OffQLinearMethod):

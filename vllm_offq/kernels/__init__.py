@@ -1,7 +1,7 @@
 """Arithmetic of OffQ. Knows tensors, not vLLM.
 
 Every backend is a module with these names of `reference`: FEATURES, prepare_weight, linear,
-kv_store, paged_attention. Callers take them from backend().
+experts, kv_store, paged_attention. Callers take them from backend().
 """
 
 import logging

@@ -115,6 +115,47 @@ def linear(
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
+class ExpertLinear(NamedTuple):
+    """One linear of every expert of a layer, and the grid of its input."""
+
+    weight: Weight
+    """Those that prepare_weight makes of each expert, stacked: [E, ...]."""
+    out_features: int
+    group_size: int
+    rotation_block_size: int
+    clip_ratio: float
+    symmetric: bool
+    bits: int = 4
+
+    def of(self, expert: int) -> tuple[Weight, None, int, int, int, float, bool, int]:
+        """What `linear` takes after x."""
+        return Weight(*(part[expert] for part in self.weight)), None, *self[1:]
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` in float32. x: [..., 2 I], gate and up. Returns: [..., I], x's dtype."""
+    gate, up = x.float().chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def experts(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: ExpertLinear, down: ExpertLinear
+) -> Tensor:
+    """A mixture of experts, ``y[t] = sum_k w[t,k] down_e(silu(gate_e(x[t])) * up_e(x[t]))``.
+
+    x: [T, K]; topk_ids: [T, k] integers, e = topk_ids[t,k], negative: another rank's expert, which
+    adds nothing; topk_weights: [T, k] float32; gate_up: [E, 2 I, K], the gates first; down:
+    [E, K, I]. Returns: [T, K] in x's dtype, which also the linears return; summed in float32.
+    """
+    y = torch.zeros(x.shape[0], down.out_features, device=x.device)
+    for expert in range(gate_up.weight.codes.shape[0]):
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        activated = silu_and_mul(linear(x[token], *gate_up.of(expert)))
+        part = linear(activated, *down.of(expert)).float()
+        y.index_add_(0, token, part * topk_weights[token, slot, None].float())
+    return y.to(x.dtype)
+
+
 def rotate_heads(x: Tensor, rotation: Tensor) -> Tensor:
     """Each head times the rotation of its KV head.
 

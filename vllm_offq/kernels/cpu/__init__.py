@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vllm_offq.errors import UserError
 from vllm_offq.kernels.cpu import library
+from vllm_offq.kernels.cpu.experts import experts_by
 from vllm_offq.kernels.cpu.library import DTYPES
-from vllm_offq.kernels.reference import Features, Weight
+from vllm_offq.kernels.reference import ExpertLinear, Features, Weight
 from vllm_offq.quantizer import range_to_scale
 from vllm_offq.rotation import hadamard_core
 
@@ -119,6 +120,13 @@ def linear(
     )
     check(library.load().offq_linear(library.isa(), ctypes.byref(arguments)))
     return y
+
+
+def experts(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: ExpertLinear, down: ExpertLinear
+) -> Tensor:
+    """See reference.experts."""
+    return experts_by(linear, x, topk_ids, topk_weights, gate_up, down)
 
 
 def check(status: int) -> None:

@@ -6,11 +6,13 @@ the C++ kernels, whose arithmetic this follows.
 
 from vllm_offq.kernels.cpu import FEATURES, prepare_weight
 from vllm_offq.kernels.numba.attention import paged_attention
+from vllm_offq.kernels.numba.experts import experts
 from vllm_offq.kernels.numba.kv_store import kv_store
 from vllm_offq.kernels.numba.linear import linear
 
 __all__ = [
     "FEATURES",
+    "experts",
     "kv_store",
     "linear",
     "paged_attention",

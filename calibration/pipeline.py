@@ -1,13 +1,12 @@
 """`quantize`: a Hugging Face model in, an OffQ checkpoint out."""
 
 import math
-import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vllm_offq
 from calibration.data import calibration_tokens
@@ -17,10 +16,12 @@ from calibration.gptq import round_head
 from calibration.instrument import BlockInputs, block_inputs, instrument
 from calibration.loader import Original, load_original
 from calibration.model_card import model_card
-from calibration.outcome import Report
 from calibration.plan import plan
 from calibration.progress import Progress, no_progress
-from calibration.quantize_block import quantize_block
+from calibration.quantize_block import SHOWN_SITE, quantize_block
+from calibration.record import Record
+from calibration.report import Report, write_report
+from calibration.report.collect import ActivationHistograms, spectrum
 from calibration.resume import SavedRun, unfinished
 from calibration.rotations import Rotations, compute_rotations
 from calibration.settings import Settings
@@ -50,7 +51,6 @@ def quantize(
     Raises: UserError, one sentence, for anything that the caller can put right; nothing is
     written then.
     """
-    start = time.monotonic()
     out = Path(out)
     settings = settings or Settings()
     if resume is None and unfinished(out):
@@ -63,6 +63,7 @@ def quantize(
         original = load_original(source)
     config = plan(original.model.config, original.architecture, settings)
     dtype = _stored_dtype(settings, original)
+    original_bytes = original.num_bytes
     continues = bool(resume) and unfinished(out)
     writer = CheckpointWriter(
         out,
@@ -72,158 +73,182 @@ def quantize(
     )
     with torch.no_grad(), writer:
         saved = SavedRun(writer, _fingerprint(original, settings), continues)
-        report = Report(**saved.state.report)
-        report.original_bytes = original.num_bytes
+        record = Record(**saved.state.record)
+        run = _Run(original, settings, config, dtype, writer, saved, record, record.timed(progress))
         try:
-            _run(original, settings, config, dtype, writer, saved, report, progress)
+            run.quantize()
         except UserError:  # going on would end the same
             writer.keep = False
             raise
-    report.checkpoint_bytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    report.seconds += time.monotonic() - start
+        writer.commit()
+        report = record.report(
+            original.name, original.architecture.name, settings, original_bytes, writer.sizes
+        )
+        write_report(report, writer.folder)
     return report
 
 
-def _run(
-    original: Original,
-    settings: Settings,
-    config: CheckpointConfig,
-    dtype: torch.dtype,
-    writer: CheckpointWriter,
-    saved: SavedRun,
-    report: Report,
-    progress: Progress,
-) -> None:
-    model, architecture = original.model, original.architecture
-    tokens = _tokens(original, settings, saved, progress)
-    batch_size = _batch_size(*tokens.shape)
-    instrument(model, architecture)
-    tensors = saved.load("rotations")
-    if tensors is None:
-        with progress("measuring activations", original.num_layers, unit="layer") as advance:
-            statistics = collect(original, tokens, batch_size, advance)
-        with progress("finding rotations", 1):
-            rotations = compute_rotations(statistics, config, settings)
-            del statistics
-        saved.save("rotations", rotations.tensors())
-        saved.commit()
-    else:
-        rotations = Rotations.from_tensors(tensors)
-    with progress("quantizing", original.num_layers, unit="layer") as advance:
-        inputs = _inputs(original, rotations, tokens, batch_size, dtype, writer, saved)
-        advance(saved.state.layers)
-        for index in range(saved.state.layers, original.num_layers):
-            _quantize_layer(
-                original, index, rotations, inputs, settings, config, dtype, writer, report
+@dataclass
+class _Run:
+    original: Original
+    settings: Settings
+    config: CheckpointConfig
+    dtype: torch.dtype
+    """Of what stays unquantized."""
+    writer: CheckpointWriter
+    saved: SavedRun
+    record: Record
+    progress: Progress
+
+    def quantize(self) -> None:
+        original, saved = self.original, self.saved
+        tokens = self.tokens()
+        batch_size = _batch_size(*tokens.shape)
+        instrument(original.model, original.architecture)
+        rotations = self.rotations(tokens, batch_size)
+        with self.progress("quantizing", original.num_layers, unit="layer") as advance:
+            inputs = self.inputs(rotations, tokens, batch_size)
+            advance(saved.state.layers)
+            for index in range(saved.state.layers, original.num_layers):
+                self.quantize_layer(index, rotations, inputs)
+                advance()
+                saved.save(_hidden(index + 1), dict(_numbered(inputs.hidden)))
+                saved.state.layers = index + 1
+                saved.state.record = asdict(self.record)
+                saved.commit()
+                saved.drop(_hidden(index))
+        with self.progress("writing the rest", 1):
+            self.write_rest(rotations)
+
+    def tokens(self) -> Tensor:
+        """Calibration sequences, [samples, sequence_length]."""
+        kept = self.saved.load("tokens")
+        if kept is not None:
+            return kept["tokens"]
+        settings = self.settings
+        writes = SELF in shares(settings.calibration, settings.samples)
+        whole_model = [""] if writes else []
+        with (
+            self.progress(
+                "writing calibration text" if writes else "reading calibration text",
+                settings.samples * settings.sequence_length,
+            ) as advance,
+            self.original.loaded(*whole_model),
+        ):
+            tokens = calibration_tokens(
+                settings.calibration,
+                self.original.model,
+                self.original.tokenizer,
+                settings.samples,
+                settings.sequence_length,
+                settings.seed,
+                advance,
             )
-            saved.save(_hidden(index + 1), dict(_numbered(inputs.hidden)))
-            saved.state.layers = index + 1
-            saved.state.report = asdict(report)
-            saved.commit()
-            saved.drop(_hidden(index))
-            advance()
-    _write_rest(original, rotations, config, settings, writer, dtype)
+        self.saved.save("tokens", {"tokens": tokens})
+        return tokens
 
+    def rotations(self, tokens: Tensor, batch_size: int) -> Rotations:
+        """Of the whole model, from one pass over it."""
+        kept = self.saved.load("rotations")
+        if kept is not None:
+            return Rotations.from_tensors(kept)
+        num_layers = self.original.num_layers
+        with self.progress("measuring activations", num_layers, unit="layer") as advance:
+            statistics = collect(self.original, tokens, batch_size, advance)
+        with self.progress("finding rotations", 1):
+            rotations = compute_rotations(statistics, self.config, self.settings)
+            found = spectrum(statistics.top_tokens.T @ statistics.top_tokens, "top-1")
+        if found is not None:
+            self.record.spectrum = found.model_dump()
+        self.saved.save("rotations", rotations.tensors())
+        self.saved.state.record = asdict(self.record)
+        self.saved.commit()
+        return rotations
 
-def _tokens(original: Original, settings: Settings, saved: SavedRun, progress: Progress) -> Tensor:
-    """Calibration sequences, [samples, sequence_length]."""
-    kept = saved.load("tokens")
-    if kept is not None:
-        return kept["tokens"]
-    writes = SELF in shares(settings.calibration, settings.samples)
-    whole_model = [""] if writes else []
-    with (
-        progress(
-            "writing calibration text" if writes else "reading calibration text",
-            settings.samples * settings.sequence_length,
-        ) as advance,
-        original.loaded(*whole_model),
-    ):
-        tokens = calibration_tokens(
-            settings.calibration,
-            original.model,
-            original.tokenizer,
-            settings.samples,
-            settings.sequence_length,
-            settings.seed,
-            advance,
+    def inputs(self, rotations: Rotations, tokens: Tensor, batch_size: int) -> BlockInputs:
+        """What reaches the first block that is not quantized yet; writes the embedding if new."""
+        model, architecture = self.original.model, self.original.architecture
+        hidden = self.saved.load(_hidden(self.saved.state.layers))
+        with self.original.loaded(architecture.embedding, architecture.final_norm) as (
+            embedding,
+            _,
+        ):
+            fuse_embedding(embedding, rotations)
+            if hidden is not None:
+                inputs = block_inputs(model, architecture, tokens[:batch_size], batch_size)
+                inputs.hidden = [hidden[str(number)] for number in range(len(hidden))]
+                return inputs
+            inputs = block_inputs(model, architecture, tokens, batch_size)
+            for name, parameter in embedding.named_parameters():
+                self.writer.add(f"{architecture.embedding}.{name}", parameter.to(self.dtype))
+        return inputs
+
+    def quantize_layer(self, index: int, rotations: Rotations, inputs: BlockInputs) -> None:
+        """One block, from the original's weights to codes in the writer."""
+        original, architecture = self.original, self.original.architecture
+        histograms = self.histograms(index)
+
+        def show(x: Tensor) -> None:
+            if histograms is not None:
+                histograms.add_original(rotations.undo_residual(x))
+                histograms.add_rotated(x)
+
+        with original.block(index) as layer:
+            fuse_block(layer, index, original.model.config, architecture, rotations)
+            quantize_block(
+                layer,
+                index,
+                architecture,
+                inputs,
+                self.settings,
+                self.config,
+                self.writer,
+                self.dtype,
+                self.record,
+                show,
+            )
+        if histograms is not None and (result := histograms.result()) is not None:
+            self.record.histograms = result.model_dump()
+
+    def histograms(self, index: int) -> ActivationHistograms | None:
+        """Of the block in the middle, where the report shows what happens to activations."""
+        if index != self.original.num_layers // 2:
+            return None
+        grid = self.config.sites[SHOWN_SITE]
+        return ActivationHistograms(
+            f"{self.original.architecture.layers}.{index}",
+            SHOWN_SITE,
+            grid.group_size,
+            grid.clip_ratio,
+            grid.symmetric,
         )
-    saved.save("tokens", {"tokens": tokens})
-    return tokens
 
-
-def _inputs(
-    original: Original,
-    rotations: Rotations,
-    tokens: Tensor,
-    batch_size: int,
-    dtype: torch.dtype,
-    writer: CheckpointWriter,
-    saved: SavedRun,
-) -> BlockInputs:
-    """What reaches the first block that is not quantized yet; writes the embedding on the way."""
-    model, architecture = original.model, original.architecture
-    hidden = saved.load(_hidden(saved.state.layers))
-    with original.loaded(architecture.embedding, architecture.final_norm) as (embedding, _):
-        fuse_embedding(embedding, rotations)
-        if hidden is not None:
-            inputs = block_inputs(model, architecture, tokens[:batch_size], batch_size)
-            inputs.hidden = [hidden[str(number)] for number in range(len(hidden))]
-            return inputs
-        inputs = block_inputs(model, architecture, tokens, batch_size)
-        for name, parameter in embedding.named_parameters():
-            writer.add(f"{architecture.embedding}.{name}", parameter.to(dtype))
-    return inputs
-
-
-def _quantize_layer(
-    original: Original,
-    index: int,
-    rotations: Rotations,
-    inputs: BlockInputs,
-    settings: Settings,
-    config: CheckpointConfig,
-    dtype: torch.dtype,
-    writer: CheckpointWriter,
-    report: Report,
-) -> None:
-    architecture = original.architecture
-    with original.block(index) as layer:
-        fuse_block(layer, index, original.model.config, architecture, rotations)
-        quantize_block(layer, index, architecture, inputs, settings, config, writer, dtype, report)
-
-
-def _write_rest(
-    original: Original,
-    rotations: Rotations,
-    config: CheckpointConfig,
-    settings: Settings,
-    writer: CheckpointWriter,
-    dtype: torch.dtype,
-) -> None:
-    """Final norm, head, configuration, tokenizer, generation config, model card."""
-    architecture = original.architecture
-    with original.loaded(architecture.head, architecture.final_norm) as (head, final_norm):
-        fuse_head(head, final_norm, rotations)  # type: ignore[arg-type]
-        for name, parameter in final_norm.named_parameters():
-            writer.add(f"{architecture.final_norm}.{name}", parameter.to(dtype))
-        weight: Tensor = head.weight  # type: ignore[assignment]
-        if config.head is None:
-            writer.add(f"{architecture.head}.weight", weight.to(dtype))
-        else:
-            codes, scale = round_head(weight)
-            writer.add(f"{architecture.head}.{WEIGHT_PACKED}", pack_int8(codes))
-            writer.add(f"{architecture.head}.{WEIGHT_SCALE}", scale)
-    hf_config = original.model.config
-    hf_config.architectures = [architecture.name]
-    hf_config.tie_word_embeddings = False  # only the head takes the final norm's gain
-    hf_config.dtype = dtype
-    hf_config.quantization_config = config.model_dump()
-    hf_config.save_pretrained(writer.folder)
-    original.tokenizer.save_pretrained(writer.folder)
-    if original.model.generation_config is not None:
-        original.model.generation_config.save_pretrained(writer.folder)
-    writer.add_text("README.md", model_card(original.name, config, settings))
+    def write_rest(self, rotations: Rotations) -> None:
+        """Final norm, head, configuration, tokenizer, generation config, model card."""
+        original, writer = self.original, self.writer
+        architecture, tied = original.architecture, original.architecture.layout.head_is_embedding
+        heads = [] if tied else [architecture.head]
+        with original.loaded(architecture.final_norm, *heads) as (final_norm, *rest):
+            head: nn.Linear | None = rest[0] if rest else None  # type: ignore[assignment]
+            fuse_head(head, final_norm, architecture, rotations)
+            for name, parameter in final_norm.named_parameters():
+                writer.add(f"{architecture.final_norm}.{name}", parameter.to(self.dtype))
+            if head is not None and self.config.head is None:
+                writer.add(f"{architecture.head}.weight", head.weight.to(self.dtype))
+            elif head is not None:
+                codes, scale = round_head(head.weight)
+                writer.add(f"{architecture.head}.{WEIGHT_PACKED}", pack_int8(codes))
+                writer.add(f"{architecture.head}.{WEIGHT_SCALE}", scale)
+        hf_config = original.model.config
+        hf_config.architectures = [architecture.name]
+        hf_config.tie_word_embeddings = tied  # else only the head takes the final norm's gain
+        hf_config.dtype = self.dtype
+        hf_config.quantization_config = self.config.model_dump()
+        hf_config.save_pretrained(writer.folder)
+        original.tokenizer.save_pretrained(writer.folder)
+        if original.model.generation_config is not None:
+            original.model.generation_config.save_pretrained(writer.folder)
+        writer.add_text("README.md", model_card(original.name, self.config, self.settings))
 
 
 def _fingerprint(original: Original, settings: Settings) -> dict[str, Any]:
@@ -237,7 +262,7 @@ def _fingerprint(original: Original, settings: Settings) -> dict[str, Any]:
 def _expected_bytes(original: Original, config: CheckpointConfig, dtype: torch.dtype) -> int:
     model_config = original.model.config.to_dict() | {
         "architectures": [original.architecture.name],
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": original.architecture.layout.head_is_embedding,
     }
     return sum(
         math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize

@@ -1,15 +1,17 @@
 """One decoder block from a float one to 4-bit codes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from calibration.architectures import Architecture
+from calibration.architectures.base import SiteName
 from calibration.gptq import gptq, output_error, round_to_nearest
 from calibration.instrument import BlockInputs, OffQLinear, attention_state
-from calibration.outcome import Report
+from calibration.record import Record
 from calibration.settings import Settings
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
@@ -25,6 +27,8 @@ from vllm_offq.quantizer import fake_quantize
 
 SNR_TOKENS = 512
 """Tokens of a batch that the signal-to-noise ratio is measured on."""
+SHOWN_SITE: SiteName = "attention_input"
+"""Whose activations the report has histograms of."""
 
 
 @dataclass
@@ -35,10 +39,13 @@ class SiteObserver:
     hessian: Tensor
     signal: float = 0.0
     noise: float = 0.0
+    show: Callable[[Tensor], None] | None = None
 
     def __call__(self, x: Tensor) -> None:
         flat = x.flatten(0, -2)
         self.hessian.addmm_(flat.T, flat)
+        if self.show is not None:
+            self.show(flat)
         sample = flat[:: max(1, len(flat) // SNR_TOKENS)]
         quantized = fake_quantize(
             sample,
@@ -66,11 +73,13 @@ def quantize_block(
     config: CheckpointConfig,
     writer: CheckpointWriter,
     dtype: torch.dtype,
-    report: Report,
+    record: Record,
+    show: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Round the weights of a fused block and add them to the writer; the inputs move on.
 
-    The Hessians are those of unquantized inputs. dtype: of what stays unquantized.
+    The Hessians are those of unquantized inputs. dtype: of what stays unquantized. show:
+    called with batches [t, n] of the input of SHOWN_SITE.
     Raises: UserError naming the layer and linears whose input or weight is out of range.
     """
     prefix = f"{architecture.layers}.{index}"
@@ -80,6 +89,8 @@ def quantize_block(
         width = first.weight.shape[1]
         observers[site.name] = SiteObserver(config.sites[site.name], torch.zeros(width, width))
         first.observe = observers[site.name]
+        if site.name == SHOWN_SITE:
+            observers[site.name].show = show
     inputs.advance(index, layer)
     written = set()
     for site in architecture.sites:
@@ -90,7 +101,7 @@ def quantize_block(
                 f"{what}: the input is not finite on the calibration text; check the model's "
                 "weights"
             )
-        report.signal_to_noise.setdefault(site.name, []).append(observer.decibel)
+        record.signal_to_noise.setdefault(site.name, []).append(observer.decibel)
         linears: dict[str, OffQLinear] = {
             path: layer.get_submodule(path)  # type: ignore[misc]
             for path in site.modules
@@ -108,7 +119,7 @@ def quantize_block(
             name = f"{prefix}.{path}"
             writer.add(f"{name}.{WEIGHT_PACKED}", pack_int4(code))
             writer.add(f"{name}.{WEIGHT_SCALE}", scale)
-            report.output_error[name] = output_error(linear.weight, code, scale, observer.hessian)
+            record.output_error[name] = output_error(linear.weight, code, scale, observer.hessian)
             written.add(f"{path}.weight")
     rotation = attention_state(layer, architecture).key_rotation
     if rotation is not None:

@@ -6,9 +6,9 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from calibration.outcome import Report
 from calibration.pipeline import quantize
 from calibration.progress import rich_progress
+from calibration.report import Report
 from calibration.resume import unfinished
 from calibration.settings import Settings
 

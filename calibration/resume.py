@@ -24,7 +24,8 @@ class State:
     layers: int = 0
     """Decoder blocks that are quantized and on disk."""
     parts: list[str] = field(default_factory=list)
-    report: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    """What the report is made from."""
 
 
 def unfinished(out: Path) -> bool:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,15 +56,15 @@ class ShardedWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         for path in _shards(folder):
             try:
-                file = safe_open(path, framework="pt")
+                with safe_open(path, framework="pt") as file:
+                    self._files |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{path} cannot be loaded, it may be incomplete ({error}); download it again"
                 ) from None
-            self._files |= dict.fromkeys(file.keys(), file)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -72,8 +72,9 @@ class ShardedWeights:
     def load(self, name: str) -> Tensor:
         if name not in self._files:
             raise _missing(name, str(self.folder))
-        # Cloned, because what safetensors returns is mapped to the file and keeps it in memory.
-        return self._files[name].get_tensor(name).clone()
+        # A file that stays open stays mapped, and all that was ever read of it resident.
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name).clone()
 
     def fingerprint(self) -> str:
         """Names, sizes and times of the shards."""

@@ -55,12 +55,13 @@ class CheckpointWriter:
         """Leave the folder behind when the block ends with an exception."""
         self.parts: list[str] = []
         """Files that hold what has been committed, in order."""
+        self.sizes: dict[str, int] = {}
+        """Bytes of every tensor that was added."""
         self._overwrite = overwrite
         self._resume = resume
         self._max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._names: set[str] = set()
         if self.out.exists():
             if not overwrite:
                 raise UserError(f"{self.out} exists; choose another folder or pass --overwrite")
@@ -99,17 +100,18 @@ class CheckpointWriter:
             if path.name not in parts:
                 path.unlink()
         for part in parts:
-            with safe_open(self.folder / part, framework="pt") as file:
-                self._names |= set(file.keys())
+            self.sizes |= {
+                name: tensor.nbytes for name, tensor in load_file(self.folder / part).items()
+            }
         self.parts = list(parts)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue one tensor. A copy is taken, so the caller may reuse its memory."""
-        if name in self._names:
+        if name in self.sizes:
             raise ValueError(f"tensor {name} was added twice")
         if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
             self.commit()
-        self._names.add(name)
+        self.sizes[name] = tensor.nbytes
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self._pending_bytes += tensor.nbytes
 
@@ -158,7 +160,6 @@ class CheckpointWriter:
         self.commit()
         groups = self._shards()
         weight_map: dict[str, str] = {}
-        total_bytes = 0
         for number, parts in enumerate(groups, 1):
             path = self.folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             path.unlink(missing_ok=True)  # of a run that was killed here
@@ -171,8 +172,7 @@ class CheckpointWriter:
                 save_file(tensors, path, metadata={"format": "pt"})
             with safe_open(path, framework="pt") as shard:
                 weight_map |= dict.fromkeys(shard.keys(), path.name)
-            total_bytes += _tensor_bytes(path)
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": weight_map}
         self.add_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")
         mode = (self.folder / INDEX_FILE).stat().st_mode
         for path in self.folder.glob("*.safetensors"):
@@ -225,13 +225,6 @@ def _link(source: Path, path: Path) -> None:
         path.hardlink_to(source)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, path)
-
-
-def _tensor_bytes(shard: Path) -> int:
-    """All but the header, whose length is the file's first eight bytes."""
-    with shard.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    return shard.stat().st_size - header - 8
 
 
 def _clear(folder: Path) -> None:

@@ -61,14 +61,14 @@ def layers_done(out: Path) -> int:
 
 def stop_after(layers: int, monkeypatch: pytest.MonkeyPatch, how: BaseException) -> None:
     """Make the block of that number raise."""
-    quantize_layer = pipeline._quantize_layer
+    quantize_block = pipeline.quantize_block
 
-    def fail(original: object, index: int, *rest: object) -> None:
+    def fail(layer: object, index: int, *rest: object) -> None:
         if index == layers:
             raise how
-        quantize_layer(original, index, *rest)
+        quantize_block(layer, index, *rest)
 
-    monkeypatch.setattr(pipeline, "_quantize_layer", fail)
+    monkeypatch.setattr(pipeline, "quantize_block", fail)
 
 
 @pytest.mark.parametrize("layers", [0, 3])
@@ -93,11 +93,11 @@ def test_an_interrupted_run_goes_on(
     assert layers_done(out) == layers
     done: list[int] = []
     with monkeypatch.context() as patch:
-        quantize_layer = pipeline._quantize_layer
+        quantize_block = pipeline.quantize_block
         patch.setattr(
             pipeline,
-            "_quantize_layer",
-            lambda o, i, *rest: done.append(i) or quantize_layer(o, i, *rest),
+            "quantize_block",
+            lambda layer, i, *rest: done.append(i) or quantize_block(layer, i, *rest),
         )
         quantize(str(original), out, settings, resume=True)
     assert done == list(range(layers, LAYERS))
@@ -190,7 +190,7 @@ def test_a_terminated_command_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(pipeline, "_write_rest", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(pipeline, "fuse_head", lambda *_: signal.raise_signal(signal.SIGTERM))
     options = ["--calibration", *settings.calibration, "--samples", "4", "--sequence-length", "64"]
     monkeypatch.setattr(
         sys, "argv", ["offq", "quantize", str(original), str(tmp_path / "out"), *options]

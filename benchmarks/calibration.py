@@ -1,0 +1,189 @@
+"""What `offq quantize` costs: time and memory a block, on models of random weights.
+
+    python -m benchmarks.calibration                      # is memory independent of the depth?
+    python -m benchmarks.calibration --shape llama-3-8b   # what would 8B and 70B cost here?
+
+Each run is a process of its own, whose peak of resident memory the kernel reports.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from benchmarks.machine import describe_machine
+from calibration.pipeline import quantize
+from calibration.settings import Settings
+
+SHAPES = {
+    "small": LlamaConfig(
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "llama-3-70b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
+DEPTH = {"llama-3-8b": 32, "llama-3-70b": 80}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run."""
+
+    layers: int
+    peak_bytes: int
+    """Resident memory at most; after the imports it was `base_bytes`."""
+    base_bytes: int
+    seconds: dict[str, float]
+    """By stage."""
+
+
+def make_model(folder: Path, shape: str, layers: int) -> Path:
+    """Random bfloat16 weights, a shard a block, and a tokenizer of words."""
+    config = LlamaConfig(**SHAPES[shape].to_dict() | {"num_hidden_layers": layers})
+    config.architectures = ["LlamaForCausalLM"]
+    config.tie_word_embeddings = False
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in skeleton.named_parameters():
+        shard = ".".join(name.split(".")[:3]) if ".layers." in name else name
+        tensor = torch.ones(parameter.shape, dtype=torch.bfloat16)
+        if parameter.ndim == 2:
+            tensor.normal_(0, 0.02, generator=generator)
+        shards.setdefault(shard, {})[name] = tensor
+        if ".layers." not in name or name.endswith("post_attention_layernorm.weight"):
+            save_file(shards[shard], folder / f"{shard}.safetensors", metadata={"format": "pt"})
+            shards[shard] = dict.fromkeys(shards[shard], torch.empty(0))
+    weight_map = {
+        name: f"{shard}.safetensors" for shard, tensors in shards.items() for name in tensors
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config.save_pretrained(folder)
+    words = {f"w{number}": number for number in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    return folder
+
+
+def measure(model: Path, layers: int, samples: int, sequence_length: int) -> Cost:
+    """Quantize in a process of its own."""
+    text = model / "text.txt"
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randint(1, 8192, (samples * sequence_length,), generator=generator)
+    text.write_text(" ".join(f"w{number}" for number in numbers.tolist()))
+    settings = Settings(calibration=(str(text),), samples=samples, sequence_length=sequence_length)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(model, layers, settings, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        sys.exit("a run ended without a result, most likely for want of memory")
+    finally:
+        process.join()
+
+
+def _measure(model: Path, layers: int, settings: Settings, sender: object) -> None:
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(description: str, total: int, unit: str = "") -> Iterator[Callable[..., None]]:
+        start = time.perf_counter()
+        yield lambda steps=1: None
+        seconds[description] = time.perf_counter() - start
+
+    base = _peak_bytes()
+    with tempfile.TemporaryDirectory(dir=model) as folder:
+        quantize(str(model), Path(folder) / "out", settings, progress=timed)
+    sender.send(Cost(layers, _peak_bytes(), base, seconds))  # type: ignore[attr-defined]
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run(shape: str, depths: list[int], samples: int, sequence_length: int) -> list[Cost]:
+    """One cost for each depth."""
+    costs = []
+    for layers in depths:
+        with tempfile.TemporaryDirectory() as folder:
+            model = make_model(Path(folder), shape, layers)
+            costs.append(measure(model, layers, samples, sequence_length))
+    return costs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: 4 8, of 8B and 70B 1 2")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    arguments = parser.parse_args()
+    depths = arguments.layers or ([1, 2] if arguments.shape in DEPTH else [4, 8])
+    costs = run(arguments.shape, depths, arguments.samples, arguments.sequence_length)
+    tokens = f"{arguments.samples} x {arguments.sequence_length} tokens"
+    console = Console()
+    table = Table(title=f"offq quantize, blocks of {arguments.shape}, {tokens}")
+    stages = list(costs[0].seconds)
+    for column in ("blocks", "peak MB", "of it imports", *(f"{stage}, s" for stage in stages)):
+        table.add_column(column, justify="right")
+    for cost in costs:
+        table.add_row(
+            str(cost.layers),
+            f"{cost.peak_bytes / 1e6:.0f}",
+            f"{cost.base_bytes / 1e6:.0f}",
+            *(f"{cost.seconds[stage]:.1f}" for stage in stages),
+        )
+    console.print(table)
+    first, last = costs[0], costs[-1]
+    if last.layers > first.layers:
+        more = last.layers - first.layers
+        block = (sum(last.seconds.values()) - sum(first.seconds.values())) / more
+        rest = sum(first.seconds.values()) - first.layers * block
+        console.print(
+            f"{last.layers} blocks need {last.peak_bytes / first.peak_bytes:.2f} times the memory "
+            f"of {first.layers}; a block takes {block:.1f} s, all else {rest:.1f} s"
+        )
+        if depth := DEPTH.get(arguments.shape):
+            hours = (rest + depth * block) / 3600
+            console.print(f"Extrapolated to {depth} blocks: {hours:.1f} hours, the same memory")
+    console.print(describe_machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from calibration.compare_command import compare
 from calibration.data_sources import BUILT_IN, SELF
 from calibration.eval_command import evaluate
 from calibration.inspect_command import inspect
@@ -98,6 +99,7 @@ def quantize(
 
 app.command()(inspect)
 app.command("eval")(evaluate)
+app.command()(compare)
 
 
 def main() -> None:

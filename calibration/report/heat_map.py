@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import quantiles
 
 from markupsafe import Markup
 from matplotlib import colormaps
@@ -22,9 +23,16 @@ WIDE, NARROW = 920, 340
 Limits = tuple[float, float]
 
 
-def padded(values: Sequence[float]) -> Limits:
-    """Least and largest, never the same."""
-    low, high = min(values), max(values)
+def noise_limits(decibels: Sequence[float]) -> Limits:
+    """From the noisiest to the cleanest, never the same.
+
+    A place far cleaner than the rest (beyond Tukey's fence) would leave them all in one colour, so
+    the scale ends at the fence; the noisiest places are what is looked for and always on it.
+    """
+    low, high = min(decibels), max(decibels)
+    if len(decibels) > 1:
+        lower, _, upper = quantiles(decibels, n=4)
+        high = min(high, upper + 1.5 * (upper - lower))
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
@@ -90,7 +98,9 @@ def heat_map(
                 axes.text(
                     0, middle, label, size=size + 1 if wide else size - 0.5, color=INK, va="center"
                 )
-        _legend(axes, colours, limits, unit, ends, label_width, height - 26, bar)
+        goes_on = max(max(values, default=-math.inf) for values in rows.values()) > limits[1]
+        last = (" and more, " if goes_on else ", ") + ends[1]
+        _legend(axes, colours, limits, unit, (f", {ends[0]}", last), label_width, height - 26, bar)
         return tooltips
 
     return draw(paint, width, height, name, title)
@@ -119,7 +129,7 @@ def _legend(
         axes.text(
             place,
             y + 21,
-            f"{number} {unit}, {end}" if end else f"{number} {unit}",
+            f"{number} {unit}{end}",
             size=8.5,
             color=MUTED,
             ha=alignment,

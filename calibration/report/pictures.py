@@ -14,7 +14,7 @@ from calibration.report.charts import (
     range_chart,
     spectrum_chart,
 )
-from calibration.report.heat_map import DIVERGING, NARROW, WIDE, Limits, heat_map, padded
+from calibration.report.heat_map import DIVERGING, NARROW, WIDE, Limits, heat_map, noise_limits
 from calibration.report.schema import Report
 from calibration.report.words import by_layer, layer_of, percent, whole, worst_first
 
@@ -47,7 +47,7 @@ def common_limits(reports: Sequence[Report]) -> AllLimits:
     experts = [x for r in reports for row in (r.expert_counts or {}).values() for x in row]
     floor, ceiling = log_limits(shares, least=1e-6)
     return AllLimits(
-        noise=padded(decibels) if decibels else None,
+        noise=noise_limits(decibels) if decibels else None,
         errors=log_limits([x for report in reports for x in report.output_error.values()]),
         spectrum=(floor, min(ceiling, 1.0)) if shares else None,
         histograms=histogram_limits(*histograms) if histograms else None,

@@ -18,6 +18,8 @@ def site_words(site: str) -> str:
 
 def percent(value: float) -> str:
     """A fraction with two significant digits."""
+    if 0.995 <= value < 1:
+        return "over 99%"
     if value == 0 or value >= 0.0995:
         return f"{value:.0%}"
     if value < 9.95e-6:

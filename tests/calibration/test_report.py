@@ -135,6 +135,20 @@ def test_the_page_leads_with_what_a_newcomer_asks() -> None:
         assert words in lead
 
 
+def test_one_clean_place_leaves_the_others_their_colours() -> None:
+    noise = [21.0, 22.0, 23.0, 24.0, 25.0, 26.0]
+    plain, with_clean = (
+        report_page(sample_report(signal_to_noise={"mlp_output": values}))
+        for values in (noise, [*noise, 60.0])
+    )
+    for page, words in ((plain, "26.0 dB, cleaner"), (with_clean, "dB and more, cleaner")):
+        assert words in page
+    # Its neighbours do not all look alike: the scale still ends near them.
+    (end,) = set(re.findall(r">([\d.]+) dB and more", with_clean))
+    assert 26 < float(end) < 35
+    assert "layer 6, MLP output: 60.00 dB" in with_clean
+
+
 def test_a_page_asks_nothing_of_the_network() -> None:
     page = report_page(sample_report(experts=2))
     assert re.findall(r"https?://[^\"'<\s]*", page) == ["https://arxiv.org/abs/2606.07116"]

@@ -1,13 +1,13 @@
 """Folding norm gains and rotations into the weights of a Hugging Face model."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from calibration.architectures import Architecture
-from calibration.architectures.base import head_size
+from calibration.architectures.base import Role
 from calibration.instrument import OffQLinear, attention_state
 from calibration.rotations import Rotations
 from vllm_offq.rotation import apply_block_hadamard
@@ -16,19 +16,42 @@ ROWS_AT_ONCE = 4096
 """In float64 an embedding as a whole would be the largest thing in memory."""
 
 
+class Part(NamedTuple):
+    """The rows of a linear that have one role, as views."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 @torch.no_grad()
 def fuse_embedding(embedding: nn.Module, rotations: Rotations) -> None:
-    """Rotate what the embedding writes to the residual stream, in place."""
+    """Rotate or permute what the embedding writes to the residual stream, in place."""
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
     if rotations.residual is not None:
-        _rotate_rows(embedding.weight, rotations.residual)  # type: ignore[arg-type]
+        _rotate_rows(weight, rotations.residual)
+    if rotations.residual_order is not None:
+        _order_rows(weight, rotations.residual_order)
 
 
 @torch.no_grad()
-def fuse_head(head: nn.Linear, final_norm: nn.Module, rotations: Rotations) -> None:
-    """Fold the final norm's gain and the rotation into a head of its own, in place."""
-    _fold_gain([head], final_norm)
-    if rotations.residual is not None:
-        _rotate_input(head, rotations.residual)
+def fuse_head(
+    head: nn.Linear | None,
+    final_norm: nn.Module,
+    architecture: Architecture,
+    rotations: Rotations,
+) -> None:
+    """Fold the final norm's gain and the rotation into a head of its own, in place.
+
+    head: None where the embedding is the head, whose norm then keeps its gain.
+    """
+    if head is not None:
+        _fold_gain([head], final_norm, architecture.gain_offset)
+        if rotations.residual is not None:
+            _rotate_rows(head.weight, rotations.residual)
+        if rotations.residual_order is not None:
+            _order_rows(head.weight, rotations.residual_order)
+    elif rotations.residual_order is not None:
+        _order(final_norm.weight, rotations.residual_order)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -46,16 +69,18 @@ def fuse_block(
     for site in architecture.sites:
         linears = [_linear(layer, path) for path in site.modules]
         if site.norm is not None:
-            _fold_gain(linears, layer.get_submodule(site.norm))
-            if rotations.residual is not None:
-                for linear in linears:
-                    _rotate_input(linear, rotations.residual)
-        elif rotations.residual is not None:
-            for linear in linears:
-                _rotate_output(linear, rotations.residual)
+            _fold_gain(linears, layer.get_submodule(site.norm), architecture.gain_offset)
+        for linear in linears:
+            if site.reads_residual:
+                _fuse_input(linear, rotations)
+            else:
+                _fuse_output(linear, rotations)
+    if rotations.residual_order is not None:
+        for path in architecture.output_norms:
+            _order(layer.get_submodule(path).weight, rotations.residual_order)  # type: ignore[arg-type]
     if rotations.values is not None:
-        _fuse_values(layer, architecture, rotations.values[index], head_size(model_config))
-    _fuse_down(layer, architecture, rotations, index)
+        _fuse_values(layer, model_config, architecture, rotations.values[index])
+    _fuse_down(layer, model_config, architecture, rotations, index)
     if rotations.keys is not None:
         attention_state(layer, architecture).key_rotation = rotations.keys[index]
 
@@ -64,19 +89,32 @@ def _linear(layer: nn.Module, path: str) -> OffQLinear:
     return layer.get_submodule(path)  # type: ignore[return-value]
 
 
+def _part(layer: nn.Module, model_config: Any, architecture: Architecture, role: Role) -> Part:
+    linear = _linear(layer, getattr(architecture, role))
+    rows = architecture.rows(role, model_config)
+    return Part(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+
 def _set(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def _fold_gain(linears: Sequence[nn.Linear | OffQLinear], norm: nn.Module) -> None:
-    gain: Tensor = norm.weight  # type: ignore[assignment]
+def _fold_gain(
+    linears: Sequence[nn.Linear | OffQLinear], norm: nn.Module, gain_offset: float
+) -> None:
+    weight: Tensor = norm.weight  # type: ignore[assignment]
     for linear in linears:
-        linear.weight.mul_(gain)
-    gain.fill_(1.0)
+        linear.weight.mul_(weight + gain_offset)
+    weight.fill_(1.0 - gain_offset)
 
 
-def _rotate_input(linear: nn.Linear | OffQLinear, rotation: Tensor) -> None:
-    _rotate_rows(linear.weight, rotation)
+def _fuse_input(linear: OffQLinear, rotations: Rotations) -> None:
+    if rotations.residual is not None:
+        _rotate_rows(linear.weight, rotations.residual)
+    if rotations.residual_order is not None:
+        _order_rows(linear.weight, rotations.residual_order)
+    if rotations.residual_block_size is not None:
+        _rotate_online(linear, rotations.residual_block_size)
 
 
 def _rotate_rows(weight: Tensor, rotation: Tensor) -> None:
@@ -84,15 +122,38 @@ def _rotate_rows(weight: Tensor, rotation: Tensor) -> None:
         _set(rows, rows.double() @ rotation)
 
 
-def _rotate_output(linear: OffQLinear, rotation: Tensor) -> None:
-    _set(linear.weight, rotation.T @ linear.weight.double())
-    if linear.bias is not None:
-        _set(linear.bias, linear.bias.double() @ rotation)
+def _order_rows(weight: Tensor, order: Tensor) -> None:
+    for rows in weight.split(ROWS_AT_ONCE):
+        _set(rows, rows[:, order])
 
 
-def _fuse_values(layer: nn.Module, architecture: Architecture, rotation: Tensor, dim: int) -> None:
+def _order(parameter: Tensor, order: Tensor) -> None:
+    _set(parameter, parameter[order])
+
+
+def _rotate_online(linear: OffQLinear, block_size: int) -> None:
+    """The Hadamard of the input that happens at run time, and its inverse in the weight."""
+    _set(linear.weight, apply_block_hadamard(linear.weight.double(), block_size))
+    linear.online_hadamard = block_size
+
+
+def _fuse_output(linear: OffQLinear, rotations: Rotations) -> None:
+    if rotations.residual is not None:
+        _set(linear.weight, rotations.residual.T @ linear.weight.double())
+        if linear.bias is not None:
+            _set(linear.bias, linear.bias.double() @ rotations.residual)
+    if rotations.residual_order is not None:
+        _order(linear.weight, rotations.residual_order)
+        if linear.bias is not None:
+            _order(linear.bias, rotations.residual_order)
+
+
+def _fuse_values(
+    layer: nn.Module, model_config: Any, architecture: Architecture, rotation: Tensor
+) -> None:
     """v's output by each KV head's rotation, o's input by that of each query head's KV head."""
-    value, output = _linear(layer, architecture.value), _linear(layer, architecture.output)
+    value = _part(layer, model_config, architecture, "value")
+    output, dim = _linear(layer, architecture.output), rotation.shape[-1]
     heads = value.weight.double().unflatten(0, (-1, dim))
     _set(value.weight, (rotation.transpose(1, 2) @ heads).flatten(0, 1))
     if value.bias is not None:
@@ -104,19 +165,23 @@ def _fuse_values(layer: nn.Module, architecture: Architecture, rotation: Tensor,
 
 
 def _fuse_down(
-    layer: nn.Module, architecture: Architecture, rotations: Rotations, index: int
+    layer: nn.Module,
+    model_config: Any,
+    architecture: Architecture,
+    rotations: Rotations,
+    index: int,
 ) -> None:
     """Order and signs of the gated activation's channels, and the inverse online Hadamard."""
-    gate, up, down = (
-        _linear(layer, path) for path in (architecture.gate, architecture.up, architecture.down)
-    )
+    gate = _part(layer, model_config, architecture, "gate")
+    up = _part(layer, model_config, architecture, "up")
+    down = _linear(layer, architecture.down)
     if rotations.down_order is not None:
         order = rotations.down_order[index]
-        for linear in (gate, up):
-            _set(linear.weight, linear.weight[order])
-            if linear.bias is not None:
-                _set(linear.bias, linear.bias[order])
-        _set(down.weight, down.weight[:, order])
+        for part in (gate, up):
+            _order(part.weight, order)
+            if part.bias is not None:
+                _order(part.bias, order)
+        _order_rows(down.weight, order)
     if rotations.down_signs is not None:
         signs = rotations.down_signs[index]
         _set(up.weight, up.weight.double() * signs[:, None])
@@ -124,5 +189,4 @@ def _fuse_down(
             _set(up.bias, up.bias.double() * signs)
         _set(down.weight, down.weight.double() * signs)
     if rotations.down_block_size is not None:
-        _set(down.weight, apply_block_hadamard(down.weight.double(), rotations.down_block_size))
-        down.online_hadamard = rotations.down_block_size
+        _rotate_online(down, rotations.down_block_size)

@@ -35,8 +35,8 @@ def inspect(
 
 def describe(checkpoint: Any) -> dict[str, Any]:
     """Sizes and settings of a vllm_offq.checkpoint.Checkpoint, from its headers alone."""
+    from vllm_offq.architectures import HEAD
     from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE
-    from vllm_offq.manifest import HEAD
 
     kinds = {
         WEIGHT_PACKED: "quantized weights",

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from calibration.architectures import Architecture
-from vllm_offq.format import SiteConfig
+from vllm_offq.format import CheckpointConfig, SiteConfig
 from vllm_offq.quantizer import dequantize, fake_quantize, group_range, quantize
 from vllm_offq.rotation import apply_block_hadamard
 
@@ -33,18 +33,22 @@ class OffQLinear(nn.Module):
         self.bias = linear.bias
         self.online_hadamard: int | None = None
         self.grid: SiteConfig | None = None
+        self.rounded: Tensor | None = None
+        """Stands in for weight while a grid is set, as soon as there is one."""
         self.observe: Callable[[Tensor], None] | None = None
-        """Called with the rotated, unquantized input [..., in_features]."""
+        """Called with what the product sees, [..., in_features]: rotated, on the grid if set."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.online_hadamard is not None:
             x = apply_block_hadamard(x, self.online_hadamard)
-        if self.observe is not None:
-            self.observe(x)
+        weight: Tensor = self.weight
         if self.grid is not None:
             grid = self.grid
             x = fake_quantize(x, grid.group_size, grid.clip_ratio, grid.symmetric, grid.bits)
-        return nn.functional.linear(x, self.weight, self.bias)
+            weight = weight if self.rounded is None else self.rounded
+        if self.observe is not None:
+            self.observe(x)
+        return nn.functional.linear(x, weight, self.bias)
 
 
 @dataclass
@@ -72,7 +76,34 @@ def _attention(
     if state.kv_group_size is not None:
         key = fake_quantize_kv(key, state.kv_group_size)
         value = fake_quantize_kv(value, state.kv_group_size)
+    if kwargs.get("softcap"):
+        return _soft_capped_attention(query, key, value, mask, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _soft_capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float,
+    **kwargs: Any,
+) -> Tensor:
+    """What PyTorch's attention does not do: scores pass ``softcap * tanh(scores / softcap)``.
+
+    query: [B, H, T, D]; key, value: [B, H_kv, S, D]; mask: [B, 1, T, S], or None: causal.
+    Returns: [B, T, H, D].
+    """
+    key, value = (
+        heads.repeat_interleave(query.shape[1] // heads.shape[1], 1) for heads in (key, value)
+    )
+    scores = softcap * (query @ key.mT * (scaling / softcap)).tanh()
+    if mask is None:
+        past = key.shape[2] - query.shape[2]
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(past)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 def fake_quantize_kv(x: Tensor, group_size: int) -> Tensor:
@@ -94,6 +125,18 @@ def instrument(model: PreTrainedModel, architecture: Architecture) -> None:
         for site in architecture.sites:
             for path in site.modules:
                 layer.set_submodule(path, OffQLinear(layer.get_submodule(path)))  # type: ignore[arg-type]
+
+
+def set_grids(
+    layer: nn.Module, architecture: Architecture, config: CheckpointConfig | None
+) -> None:
+    """Quantize in an instrumented block what the configuration quantizes; None: nothing."""
+    for site in architecture.sites:
+        for path in site.modules:
+            linear: OffQLinear = layer.get_submodule(path)  # type: ignore[assignment]
+            linear.grid = None if config is None else config.sites[site.name]
+    cache = None if config is None else config.kv_cache
+    attention_state(layer, architecture).kv_group_size = None if cache is None else cache.group_size
 
 
 def layers_of(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
@@ -119,6 +162,27 @@ class BlockInputs:
         """Replace every batch by what block `index` makes of it."""
         for number, batch in enumerate(self.hidden):
             self.hidden[number] = block(batch, **self.arguments[index])
+
+    def reach(self, number: int, index: int, block: nn.Module, linear: OffQLinear) -> Tensor:
+        """What block `index` feeds to a linear in it for one batch; nothing beyond is computed."""
+
+        class Reached(Exception):  # noqa: N818 - leaves the forward pass, no error
+            pass
+
+        found: list[Tensor] = []
+
+        def catch(x: Tensor) -> None:
+            found.append(x)
+            raise Reached
+
+        linear.observe = catch
+        try:
+            block(self.hidden[number], **self.arguments[index])
+        except Reached:
+            pass
+        finally:
+            linear.observe = None
+        return found[0]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from vllm_offq.format import (
     SiteConfig,
     WeightConfig,
 )
+from vllm_offq.rotation import hadamard_core
 
 DEFAULT_SIZES = (128, 64)
 POSSIBLE_SIZES = (256, 128, 64, 32, 16)
@@ -25,9 +26,11 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
     """The configuration that a run will write; decides every group size before any long work.
 
     model_config: the Hugging Face config.
-    Raises: UserError naming the layer and the group sizes that can work.
+    Raises: UserError naming the layer and the group sizes that can work, or what of the model is
+    not supported.
     """
     recipe = RECIPES[settings.recipe]
+    _refuse_variants(model_config, architecture)
     dim = head_size(model_config)
     widths = {
         "attention_input": model_config.hidden_size,
@@ -57,21 +60,24 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
                 f"channels that share a scale at the input of {what}; pass the same number to "
                 "--group-size and --weight-group-size"
             )
-        last = site.name == "mlp_output"
+        # Elsewhere the rotation is fused as a whole.
+        online = site.name == "mlp_output" or (site.reads_residual and architecture.output_norms)
         rotation = recipe.rotation
+        if online and rotation == "hadamard":
+            hadamard_core(site_group)  # refuses an order that has none before the long work
         return SiteConfig(
             modules=[_last(path) for path in site.modules],
             bits=4,
             group_size=site_group,
             symmetric=recipe.symmetric,
             clip_ratio=recipe.clip_ratio,
-            fused_rotation="permutation" if last and rotation == "principal" else rotation,
-            online_hadamard=None if not last or rotation == "none" else site_group,
+            fused_rotation="permutation" if online and rotation == "principal" else rotation,
+            online_hadamard=site_group if online and rotation != "none" else None,
         )
 
     sites: dict[str, SiteConfig] = {site.name: site_config(site) for site in architecture.sites}
     head = None
-    if settings.head_bits == "8":
+    if settings.head_bits == "8" and not architecture.layout.head_is_embedding:
         head = HeadConfig(bits=8, group_size=sites["attention_input"].group_size)
     kv_cache = None
     if settings.kv_bits == "4":
@@ -92,6 +98,19 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         kv_cache=kv_cache,
         ignore=[] if head else [architecture.head],
     )
+
+
+def _refuse_variants(model_config: Any, architecture: Architecture) -> None:
+    """Raises: UserError for what a class can be configured to and OffQ or vLLM does not do."""
+    layer_types = getattr(model_config, "layer_types", None) or []
+    unknown = sorted({*layer_types} - {"full_attention", "sliding_attention"})
+    refusal = architecture.refusal(model_config)
+    if unknown:
+        refusal = f"layers of {' and '.join(unknown)}"
+    if not getattr(model_config, "is_causal", True):
+        refusal = "attention that is not causal"
+    if refusal:
+        raise UserError(f"{architecture.name} with {refusal} is not supported")
 
 
 def _last(path: str) -> str:

@@ -10,6 +10,8 @@ from calibration.statistics import Statistics
 from vllm_offq.format import CheckpointConfig
 from vllm_offq.rotation import group_rotation, hadamard, principal_basis, sorted_grouping
 
+BLOCK_SIZES = ("residual_block_size", "down_block_size")
+
 
 @dataclass
 class Rotations:
@@ -17,6 +19,10 @@ class Rotations:
 
     residual: Tensor | None = None
     """[n, n], shared by the whole residual stream, fused."""
+    residual_order: Tensor | None = None
+    """[n] int64: which channel goes to each place, where only a permutation can be fused."""
+    residual_block_size: int | None = None
+    """Block of the Hadamard before linears that read the residual stream, online."""
     keys: Tensor | None = None
     """[L, H_kv, D, D], queries and keys after RoPE, online."""
     values: Tensor | None = None
@@ -28,6 +34,16 @@ class Rotations:
     down_block_size: int | None = None
     """Block of the Hadamard before down_proj, online."""
 
+    def undo_residual(self, x: Tensor) -> Tensor:
+        """From the input of a linear that reads the residual stream to the original's, but for
+        the order of its channels. x: [..., n]. Returns: like x."""
+        if self.residual is not None:
+            return x @ self.residual.T.to(x)
+        if self.residual_block_size is not None:
+            size = self.residual_block_size
+            return (x.unflatten(-1, (-1, size)) @ hadamard(size).T.to(x)).flatten(-2)
+        return x
+
     def tensors(self) -> dict[str, Tensor]:
         """All that is there, for a file; the inverse of from_tensors."""
         return {
@@ -37,8 +53,8 @@ class Rotations:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Rotations":
         """Inverse of tensors."""
-        block_size = tensors.pop("down_block_size", None)
-        return cls(**tensors, down_block_size=None if block_size is None else int(block_size))
+        sizes = {name: int(tensors.pop(name)) for name in BLOCK_SIZES if name in tensors}
+        return cls(**tensors, **sizes)  # type: ignore[arg-type]
 
 
 def compute_rotations(
@@ -48,8 +64,9 @@ def compute_rotations(
     rotation = RECIPES[settings.recipe].rotation
     if rotation == "none":
         return Rotations()
+    online = config.sites["attention_input"].online_hadamard
     if rotation == "hadamard":
-        rotations = hadamard_rotations(statistics, settings.seed)
+        rotations = hadamard_rotations(statistics, settings.seed, online=online is not None)
     else:
         rotations = principal_rotations(
             statistics,
@@ -57,6 +74,7 @@ def compute_rotations(
             head_group_size=config.sites["attention_output"].group_size,
             down_group_size=config.sites["mlp_output"].group_size,
             basis=settings.basis,
+            online=online is not None,
         )
     if config.kv_cache is None:
         rotations.keys = None
@@ -64,22 +82,39 @@ def compute_rotations(
 
 
 def principal_rotations(
-    statistics: Statistics, group_size: int, head_group_size: int, down_group_size: int, basis: str
+    statistics: Statistics,
+    group_size: int,
+    head_group_size: int,
+    down_group_size: int,
+    basis: str,
+    online: bool = False,
 ) -> Rotations:
     """OffQ: principal basis, sorted grouping, group Hadamard at every place.
 
     basis: "top-1" ranks directions by the largest token of every sequence (the paper), "all" by
-    every token.
+    every token. online: the residual stream can only be permuted, so its channels take the place
+    of directions, ranked by the energy of all tokens, and the group Hadamard is done online.
     """
-    tokens = statistics.top_tokens if basis == "top-1" else statistics.top_tokens[:0]
-    grouping = sorted_grouping(statistics.down_energy.shape[1], down_group_size)
-    return Rotations(
-        residual=group_rotation(principal_basis(tokens, statistics.residual), group_size),
+    rotations = Rotations(
         keys=_head_rotations(statistics.keys, head_group_size),
         values=_head_rotations(statistics.values, head_group_size),
-        down_order=statistics.down_energy.argsort(dim=1, descending=True, stable=True)[:, grouping],
+        down_order=_grouped_order(statistics.down_energy, down_group_size),
         down_block_size=down_group_size,
     )
+    if online:
+        rotations.residual_order = _grouped_order(statistics.residual.diagonal(), group_size)
+        rotations.residual_block_size = group_size
+    else:
+        tokens = statistics.top_tokens if basis == "top-1" else statistics.top_tokens[:0]
+        directions = principal_basis(tokens, statistics.residual)
+        rotations.residual = group_rotation(directions, group_size)
+    return rotations
+
+
+def _grouped_order(energy: Tensor, group_size: int) -> Tensor:
+    """Channels by falling energy, dealt out to the groups. energy: [..., n]."""
+    ranked = energy.argsort(dim=-1, descending=True, stable=True)
+    return ranked[..., sorted_grouping(energy.shape[-1], group_size)]
 
 
 def _head_rotations(moments: Tensor, group_size: int) -> Tensor:
@@ -92,8 +127,11 @@ def _head_rotations(moments: Tensor, group_size: int) -> Tensor:
     return torch.stack(heads).view(moments.shape)
 
 
-def hadamard_rotations(statistics: Statistics, seed: int) -> Rotations:
-    """QuaRot: a randomised Hadamard over the whole width at every place (heads: over a head)."""
+def hadamard_rotations(statistics: Statistics, seed: int, online: bool = False) -> Rotations:
+    """QuaRot: a randomised Hadamard over the whole width at every place (heads: over a head).
+
+    online: that of the residual stream is done before each linear, and is not randomised.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def signs(*shape: int) -> Tensor:
@@ -103,7 +141,8 @@ def hadamard_rotations(statistics: Statistics, seed: int) -> Rotations:
     hidden_size, intermediate_size = statistics.residual.shape[0], statistics.down_energy.shape[1]
     head = hadamard(head_size)
     return Rotations(
-        residual=signs(hidden_size)[:, None] * hadamard(hidden_size),
+        residual=None if online else signs(hidden_size)[:, None] * hadamard(hidden_size),
+        residual_block_size=hidden_size if online else None,
         keys=signs(layers, num_heads, head_size)[..., None] * head,
         values=signs(layers, num_heads, head_size)[..., None] * head,
         down_signs=signs(layers, intermediate_size),

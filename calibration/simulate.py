@@ -46,6 +46,8 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
             loaded[f"{module}.weight"] = weight
         elif kind not in (WEIGHT_SCALE, KEY_ROTATION):
             loaded[name] = checkpoint.load(name).float()
+    if architecture.layout.head_is_embedding:
+        loaded[f"{architecture.head}.weight"] = loaded[f"{architecture.embedding}.weight"]
     model.load_state_dict(loaded)
     config = checkpoint.config
     if config.head is not None:

@@ -20,7 +20,7 @@ class Statistics:
     top_tokens: Tensor
     """[2 L S, n] float32: of each sequence and layer input the token of largest maximum."""
     residual: Tensor
-    """[n, n] float64, of all tokens at the inputs of attention and MLP, without norm gains."""
+    """[n, n] float64, of all tokens at the inputs of attention and MLP, normed, without gains."""
     keys: Tensor
     """[L, H_kv, D, D] float64, after RoPE."""
     values: Tensor
@@ -61,8 +61,9 @@ def collect(
                 x = heads.transpose(0, 1).flatten(1, 2)
                 moment[index] += (x.transpose(1, 2) @ x).double()
 
-        def observe_residual(gain: Tensor, x: Tensor) -> None:
-            normed = x / gain
+        def observe_residual(gain: Tensor | None, x: Tensor) -> None:
+            # Where there is no norm, later layers would outweigh the first ones.
+            normed = x * x.square().mean(-1, keepdim=True).rsqrt() if gain is None else x / gain
             strongest = normed.abs().amax(-1).argmax(-1)
             top_tokens.append(normed[torch.arange(len(normed)), strongest])
             flat = normed.flatten(0, 1)
@@ -72,9 +73,11 @@ def collect(
             observed: list[OffQLinear] = []
             for site in architecture.sites:
                 linear: OffQLinear = layer.get_submodule(site.modules[0])  # type: ignore[assignment]
-                if site.norm is not None:
-                    gain: Tensor = layer.get_submodule(site.norm).weight  # type: ignore[assignment]
-                    gain = _invertible(gain)
+                if site.reads_residual:
+                    gain = None
+                    if site.norm is not None:
+                        weight: Tensor = layer.get_submodule(site.norm).weight  # type: ignore[assignment]
+                        gain = _invertible(weight + architecture.gain_offset)
                     linear.observe = partial(observe_residual, gain)
                     observed.append(linear)
                 elif site.name == "mlp_output":

@@ -1,10 +1,18 @@
 """Tiny random Hugging Face models, tokenizer included, for tests that need no real one."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog.\n"
@@ -22,10 +30,74 @@ CHAT_TEMPLATE = (
 # trained models. With uniformly large weights any rounding difference grows to chaos.
 STD = {"embed_tokens": 1.0, "lm_head": 0.2}
 TIED_STD = 0.1
-INNER_STD = {"q_proj": 1.0, "k_proj": 1.0, "v_proj": 1.0, "o_proj": 0.5} | dict.fromkeys(
-    ["gate_proj", "up_proj", "down_proj"], 0.3
+INNER_STD = (
+    dict.fromkeys(["q_proj", "k_proj", "v_proj", "qkv_proj"], 1.0)
+    | {"o_proj": 0.5}
+    | dict.fromkeys(["gate_proj", "up_proj", "gate_up_proj", "down_proj"], 0.3)
 )
 """Times the square root of the input width."""
+OUTPUT_GAIN = 0.1
+"""Of norms on what layers add: for the same reason."""
+TIED_OUTPUT_GAIN = 1.0
+"""Where the embedding is scaled up by the square root of its width."""
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+WINDOW = 4
+LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"]
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mistral": ("Mistral", {"head_dim": 128, "sliding_window": WINDOW}),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen3": ("Qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
+    "Phi3": (
+        "Phi3",
+        {
+            "hidden_size": 384,  # heads of 96
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "Gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 256,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 144,
+            "attn_logit_softcapping": 2.0,  # low enough to matter
+            "final_logit_softcapping": 20.0,
+            "sliding_window": WINDOW,
+            "layer_types": LOCAL_AND_GLOBAL,
+        },
+    ),
+    "Gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 256,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 144,
+            "sliding_window": WINDOW,
+            "layer_types": LOCAL_AND_GLOBAL,
+        },
+    ),
+    "Olmo2": ("Olmo2", {"num_key_value_heads": 4}),
+}
+"""By the prefix of the model's class: that of the configuration's class, and what differs from
+SIZES and the class's own."""
 
 
 def make_tiny_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -81,17 +153,38 @@ def make_tiny_llama(
         eos_token_id=1,
         dtype="float32",
     )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            kind = name.split(".")[-2]
-            if kind.endswith("norm"):  # all ones would hide a forgotten gain
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.1)
-            else:
-                std = TIED_STD if tied and kind == "embed_tokens" else STD.get(kind)
-                parameter.normal_(0, std or INNER_STD[kind] / parameter.shape[1] ** 0.5)
+    return _save(LlamaForCausalLM(config), path)
+
+
+def make_tiny(path: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+    """Save a random float32 model of one of FAMILIES under path. Returns: path."""
+    torch.manual_seed(seed)
+    config_class, values = FAMILIES[family]
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "dtype": "float32"}
+    config = getattr(transformers, f"{config_class}Config")(**SIZES | tokens | values | changes)
+    return _save(AutoModelForCausalLM.from_config(config), path)
+
+
+@torch.no_grad()
+def _save(model: PreTrainedModel, path: Path) -> Path:
+    config = model.config
+    output_norms = ["post_feedforward_layernorm"]
+    if "post_feedforward_layernorm" in str(model):
+        output_norms.append("post_attention_layernorm")
+    is_gemma = config.model_type.startswith("gemma")
+    output_gain = TIED_OUTPUT_GAIN if is_gemma else OUTPUT_GAIN
+    for name, parameter in model.named_parameters():
+        kind = name.split(".")[-2]
+        if kind.endswith("norm"):  # all ones would hide a forgotten gain
+            size = output_gain if kind in output_norms else 1.0
+            gain = size * (1 + 0.2 * torch.randn_like(parameter))
+            parameter.copy_(gain - 1 if is_gemma else gain)
+        elif name.endswith("bias"):
+            parameter.normal_(0, 0.1)
+        else:
+            tied = config.tie_word_embeddings and kind == "embed_tokens"
+            std = TIED_STD if tied else STD.get(kind)
+            parameter.normal_(0, std or INNER_STD[kind] / parameter.shape[1] ** 0.5)
     model.save_pretrained(path)
-    make_tiny_tokenizer(vocab).save_pretrained(path)
+    make_tiny_tokenizer(config.vocab_size).save_pretrained(path)
     return path

@@ -1,16 +1,14 @@
 """Which tensors a checkpoint must hold, by its configuration, and which values they may have."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vllm_offq.architectures import Layout, Sizes, find_layout, read_sizes
 from vllm_offq.errors import UserError
 from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig
 
-HEAD = "lm_head"
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 ORTHOGONALITY_TOLERANCE = 2.0**-9
@@ -25,56 +23,6 @@ class TensorSpec(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The widths that the shapes of a transformer are made of."""
-
-    hidden: int
-    query: int
-    """num_attention_heads * head_dim."""
-    key: int
-    """num_key_value_heads * head_dim."""
-    intermediate: int
-    num_key_heads: int
-    head_dim: int
-    num_layers: int
-    vocabulary: int
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Names and shapes of one model class, inside `model.layers.N.`."""
-
-    linears: dict[str, tuple[str, str]]
-    """Linear: its output and input width, as attributes of Sizes."""
-    norms: tuple[str, ...]
-    """RMSNorms over the hidden channels."""
-    has_bias: Callable[[dict[str, Any], str], bool]
-    """Whether a linear has a bias, by config.json and the linear's name."""
-
-
-def _llama_has_bias(model_config: dict[str, Any], linear: str) -> bool:
-    key = "attention_bias" if linear.startswith("self_attn.") else "mlp_bias"
-    return bool(model_config.get(key, False))
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(
-        linears={
-            "self_attn.q_proj": ("query", "hidden"),
-            "self_attn.k_proj": ("key", "hidden"),
-            "self_attn.v_proj": ("key", "hidden"),
-            "self_attn.o_proj": ("hidden", "query"),
-            "mlp.gate_proj": ("intermediate", "hidden"),
-            "mlp.up_proj": ("intermediate", "hidden"),
-            "mlp.down_proj": ("hidden", "intermediate"),
-        },
-        norms=("input_layernorm", "post_attention_layernorm"),
-        has_bias=_llama_has_bias,
-    )
-}
-
-
 def expected_tensors(
     model_config: dict[str, Any], config: CheckpointConfig
 ) -> dict[str, TensorSpec]:
@@ -83,25 +31,24 @@ def expected_tensors(
     model_config: the content of config.json.
     Raises: UserError if config.json lacks a size, or its sizes and quantization_config disagree.
     """
-    architecture = _architecture(model_config)
-    sizes = _sizes(model_config)
+    layout, sizes = find_layout(model_config), read_sizes(model_config)
     expected = {
-        "model.embed_tokens.weight": TensorSpec((sizes.vocabulary, sizes.hidden), FLOATING),
-        "model.norm.weight": TensorSpec((sizes.hidden,), FLOATING),
+        f"{layout.embedding}.weight": TensorSpec((sizes.vocabulary, sizes.hidden), FLOATING),
+        f"{layout.final_norm}.weight": TensorSpec((sizes.hidden,), FLOATING),
     }
-    expected |= _head_tensors(model_config, config, sizes)
+    expected |= _head_tensors(model_config, config, layout, sizes)
     for layer in range(sizes.num_layers):
-        prefix = f"model.layers.{layer}."
-        for norm in architecture.norms:
-            expected[f"{prefix}{norm}.weight"] = TensorSpec((sizes.hidden,), FLOATING)
-        for linear, (out_width, in_width) in architecture.linears.items():
+        prefix = f"{layout.layers}.{layer}."
+        for norm, width in layout.norms.items():
+            expected[f"{prefix}{norm}.weight"] = TensorSpec((getattr(sizes, width),), FLOATING)
+        for linear, (out_width, in_width) in layout.linears.items():
             name = prefix + linear
             shape = (getattr(sizes, out_width), getattr(sizes, in_width))
             expected |= _linear_tensors(name, shape, config)
-            if architecture.has_bias(model_config, linear):
+            if layout.has_bias(model_config, linear):
                 expected[f"{name}.bias"] = TensorSpec(shape[:1], FLOATING)
         if config.kv_cache is not None:
-            name = f"{prefix}self_attn.attn"
+            name = f"{prefix}{layout.attention}.attn"
             _check_divides("kv_cache.group_size", config.kv_cache.group_size, sizes.head_dim, name)
             if config.kv_cache.key_rotation:
                 expected[f"{name}.{KEY_ROTATION}"] = TensorSpec(
@@ -128,54 +75,25 @@ def check_values(name: str, tensor: Tensor) -> str | None:
     return None
 
 
-def _architecture(model_config: dict[str, Any]) -> Architecture:
-    names = model_config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if name not in ARCHITECTURES:
-        raise UserError(
-            f"config.json: architecture {name} is not supported; supported are "
-            f"{', '.join(sorted(ARCHITECTURES))}"
-        )
-    return ARCHITECTURES[name]
-
-
-def _sizes(model_config: dict[str, Any]) -> Sizes:
-    def size(key: str, default: int | None = None) -> int:
-        value = model_config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"config.json: {key} must be a positive number, not {value!r}")
-        return value
-
-    heads = size("num_attention_heads")
-    key_heads = size("num_key_value_heads", heads)
-    head_dim = size("head_dim", size("hidden_size") // heads)
-    return Sizes(
-        hidden=size("hidden_size"),
-        query=heads * head_dim,
-        key=key_heads * head_dim,
-        intermediate=size("intermediate_size"),
-        num_key_heads=key_heads,
-        head_dim=head_dim,
-        num_layers=size("num_hidden_layers"),
-        vocabulary=size("vocab_size"),
-    )
-
-
 def _head_tensors(
-    model_config: dict[str, Any], config: CheckpointConfig, sizes: Sizes
+    model_config: dict[str, Any], config: CheckpointConfig, layout: Layout, sizes: Sizes
 ) -> dict[str, TensorSpec]:
-    tied, shape = model_config.get("tie_word_embeddings", False), (sizes.vocabulary, sizes.hidden)
+    name, shape = layout.head, (sizes.vocabulary, sizes.hidden)
+    tied = layout.head_is_embedding or model_config.get("tie_word_embeddings", False)
     if config.head is None:
-        return {} if tied else {f"{HEAD}.weight": TensorSpec(shape, FLOATING)}
+        return {} if tied else {f"{name}.weight": TensorSpec(shape, FLOATING)}
+    if layout.head_is_embedding:
+        raise UserError(
+            f"quantization_config: the head of {layout.name} is its embedding and stays in 16 bit"
+        )
     if tied:
         raise UserError(
             "config.json: tie_word_embeddings must be false where quantization_config has a head"
         )
-    _check_divides("head.group_size", config.head.group_size, sizes.hidden, HEAD)
+    _check_divides("head.group_size", config.head.group_size, sizes.hidden, name)
     return {
-        f"{HEAD}.{WEIGHT_PACKED}": TensorSpec(shape, (torch.uint8,)),
-        f"{HEAD}.{WEIGHT_SCALE}": TensorSpec((sizes.vocabulary, 1), (torch.float16,)),
+        f"{name}.{WEIGHT_PACKED}": TensorSpec(shape, (torch.uint8,)),
+        f"{name}.{WEIGHT_SCALE}": TensorSpec((sizes.vocabulary, 1), (torch.float16,)),
     }
 
 

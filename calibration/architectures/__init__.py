@@ -1,11 +1,16 @@
 """What calibration must know of each model family: one small table a family."""
 
 from calibration.architectures.base import Architecture, Site
-from calibration.architectures.llama import LLAMA
+from calibration.architectures.gemma import GEMMA2, GEMMA3
+from calibration.architectures.llama import LLAMA, MISTRAL
+from calibration.architectures.olmo2 import OLMO2
+from calibration.architectures.phi3 import PHI3
+from calibration.architectures.qwen import QWEN2, QWEN3
 from vllm_offq.errors import UserError
 
 ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture for architecture in (LLAMA,)
+    architecture.name: architecture
+    for architecture in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2)
 }
 
 

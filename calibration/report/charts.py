@@ -37,8 +37,9 @@ def spectrum_chart(spectrum: Spectrum, width: int, name: str, limits: Limits) ->
             height = max(share, floor)
             colour, shape = (WORST, "D") if rank == 1 else (ACCENT, "o")
             axes.vlines(rank, floor, height, color=LINE, linewidth=stem)
-            marker = {"markersize": stem + 2, "clip_on": False}  # whole at the ends of the axis too
-            axes.plot(rank, height, shape, color=colour, gid=gid, **marker)
+            # Not clipped: at the ends of the axis a point is seen whole.
+            (point,) = axes.plot(rank, height, shape, color=colour, markersize=stem + 2, gid=gid)
+            point.set_clip_on(False)
         axes.set(yscale="log", ylim=limits, xlim=(0, max(len(shares), 4) + 1))
         axes.set(xlabel="principal direction, strongest first", ylabel="share of the energy")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, prune="lower"))

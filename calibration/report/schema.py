@@ -102,6 +102,8 @@ class BasisCandidate(_Strict):
     mean_error: NonNegativeFloat
     """Relative squared error of the quantized activations, mean over layers."""
     worst_error: NonNegativeFloat
+    divergence: NonNegativeFloat
+    """KL divergence of the predictions when these activations alone are quantized."""
     chosen: bool
 
 

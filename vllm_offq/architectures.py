@@ -5,6 +5,7 @@ Calibration builds its tables upon these, the plugin validates checkpoints by th
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm_offq.errors import UserError
@@ -38,11 +39,13 @@ class Sizes:
         return 2 * self.intermediate
 
 
-SEPARATE_LINEARS = {
+ATTENTION_LINEARS = {
     "self_attn.q_proj": ("query", "hidden"),
     "self_attn.k_proj": ("key", "hidden"),
     "self_attn.v_proj": ("key", "hidden"),
     "self_attn.o_proj": ("hidden", "query"),
+}
+SEPARATE_LINEARS = ATTENTION_LINEARS | {
     "mlp.gate_proj": ("intermediate", "hidden"),
     "mlp.up_proj": ("intermediate", "hidden"),
     "mlp.down_proj": ("hidden", "intermediate"),
@@ -78,6 +81,45 @@ def _qwen2_bias(model_config: Mapping[str, Any], linear: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture of experts in the place of a block's MLP; experts are numbered from 0."""
+
+    path: str
+    """Of the mixture, whose router is `gate` and whose experts are `experts.E`."""
+    linears: tuple[str, str, str]
+    """Names of an expert's gate, up and down."""
+    count: tuple[str, ...]
+    """Keys of config.json, the first that there is: how many experts."""
+    intermediate: str
+    """Key of config.json: width of an expert."""
+
+    @property
+    def router(self) -> str:
+        """Its path."""
+        return f"{self.path}.gate"
+
+    def is_in(self, model_config: Mapping[str, Any], layer: int) -> bool:
+        """Whether this block has experts; else it has an MLP. Raises: UserError naming a key."""
+        without = model_config.get("mlp_only_layers") or []
+        if not isinstance(without, list):
+            raise UserError(f"config.json: mlp_only_layers must be a list, not {without!r}")
+        step = _size(model_config, "decoder_sparse_step", 1)
+        return layer not in without and (layer + 1) % step == 0
+
+    def shapes(self, model_config: Mapping[str, Any], sizes: Sizes) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of every linear. Raises: UserError naming a key that is no size."""
+        key = next((key for key in self.count if key in model_config), self.count[0])
+        count, width = _size(model_config, key), _size(model_config, self.intermediate)
+        gate, up, down = self.linears
+        shapes = {self.router: (count, sizes.hidden)}
+        for expert in range(count):
+            prefix = f"{self.path}.experts.{expert}."
+            shapes |= dict.fromkeys((prefix + gate, prefix + up), (width, sizes.hidden))
+            shapes[prefix + down] = sizes.hidden, width
+        return shapes
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a checkpoint of one model class holds; paths of a block are below it."""
 
@@ -96,6 +138,23 @@ class Layout:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = HEAD
+    experts: Experts | None = None
+    """Of the blocks that have some; `linears` are then those of a block without."""
+
+    def linear_shapes(
+        self, model_config: Mapping[str, Any], sizes: Sizes, layer: int
+    ) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of each linear of a block.
+
+        Raises: UserError naming a size that config.json lacks.
+        """
+        experts = self.experts
+        has_experts = experts is not None and experts.is_in(model_config, layer)
+        linears = ATTENTION_LINEARS if has_experts else self.linears
+        shapes = {name: (getattr(sizes, n), getattr(sizes, k)) for name, (n, k) in linears.items()}
+        if experts is not None and has_experts:
+            shapes |= experts.shapes(model_config, sizes)
+        return shapes
 
 
 LAYOUTS = {
@@ -118,28 +177,57 @@ LAYOUTS = {
 }
 
 
+EXPERT_LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "MixtralForCausalLM",
+            experts=Experts(
+                "block_sparse_moe",
+                linears=("w1", "w3", "w2"),
+                count=("num_local_experts",),
+                intermediate="intermediate_size",
+            ),
+        ),
+        Layout(
+            "Qwen3MoeForCausalLM",
+            norms=PRE_NORMS | HEAD_NORMS,
+            experts=Experts(
+                "mlp",
+                linears=("gate_proj", "up_proj", "down_proj"),
+                count=("num_experts", "num_local_experts"),
+                intermediate="moe_intermediate_size",
+            ),
+        ),
+    )
+}
+"""Served; calibration does not make them yet."""
+
+
 def find_layout(model_config: Mapping[str, Any]) -> Layout:
     """The layout for a config.json. Raises: UserError listing the supported classes."""
     names = model_config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in LAYOUTS:
+    layouts = LAYOUTS | EXPERT_LAYOUTS
+    if name not in layouts:
         raise UserError(
             f"config.json: architecture {name} is not supported; supported are "
-            f"{', '.join(sorted(LAYOUTS))}"
+            f"{', '.join(sorted(layouts))}"
         )
-    return LAYOUTS[name]
+    return layouts[name]
+
+
+def _size(model_config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = model_config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config.json: {key} must be a positive number, not {value!r}")
+    return value
 
 
 def read_sizes(model_config: Mapping[str, Any]) -> Sizes:
     """The widths that a config.json gives. Raises: UserError naming one that is no size."""
-
-    def size(key: str, default: int | None = None) -> int:
-        value = model_config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"config.json: {key} must be a positive number, not {value!r}")
-        return value
-
+    size = partial(_size, model_config)
     heads = size("num_attention_heads")
     key_heads = size("num_key_value_heads", heads)
     head_dim = size("head_dim", size("hidden_size") // heads)

@@ -41,9 +41,10 @@ def expected_tensors(
         prefix = f"{layout.layers}.{layer}."
         for norm, width in layout.norms.items():
             expected[f"{prefix}{norm}.weight"] = TensorSpec((getattr(sizes, width),), FLOATING)
-        for linear, (out_width, in_width) in layout.linears.items():
+        for linear, shape in layout.linear_shapes(model_config, sizes, layer).items():
             name = prefix + linear
-            shape = (getattr(sizes, out_width), getattr(sizes, in_width))
+            if layout.experts is not None and linear == layout.experts.router:
+                _check_router(name, config)
             expected |= _linear_tensors(name, shape, config)
             if layout.has_bias(model_config, linear):
                 expected[f"{name}.bias"] = TensorSpec(shape[:1], FLOATING)
@@ -95,6 +96,13 @@ def _head_tensors(
         f"{name}.{WEIGHT_PACKED}": TensorSpec(shape, (torch.uint8,)),
         f"{name}.{WEIGHT_SCALE}": TensorSpec((sizes.vocabulary, 1), (torch.float16,)),
     }
+
+
+def _check_router(name: str, config: CheckpointConfig) -> None:
+    if not config.is_ignored(name):
+        raise UserError(
+            f"quantization_config: {name} must be in ignore: vLLM computes a router in 16 bit"
+        )
 
 
 def _linear_tensors(

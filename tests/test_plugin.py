@@ -232,7 +232,6 @@ def kv_cache_method() -> OffQKVCacheMethod:
         ({"head_size_v": 32}, "value head size"),
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
         ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "logits soft cap"),
         ({"has_sink": True}, "attention sinks"),
         ({"use_mm_prefix": True}, "multimodal prefix"),
         ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "shared"),

@@ -38,7 +38,7 @@ INNER_STD = (
 """Times the square root of the input width."""
 OUTPUT_GAIN = 0.1
 """Of norms on what layers add: for the same reason."""
-TIED_OUTPUT_GAIN = 1.0
+TIED_OUTPUT_GAIN = 1.5
 """Where the embedding is scaled up by the square root of its width."""
 
 SIZES = {

@@ -94,7 +94,6 @@ def refuse_unsupported_attention(layer: Attention, group_size: int) -> None:
         "a value head size other than the key head size": layer.head_size_v != layer.head_size,
         f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
         "ALiBi": chosen.alibi_slopes is not None or layer.use_alibi_sqrt,
-        "a logits soft cap": chosen.logits_soft_cap and not features.soft_cap,
         "attention sinks": layer.has_sink,
         "a bidirectional multimodal prefix": layer.use_mm_prefix,
         "a KV cache shared between layers": layer.kv_sharing_target_layer_name is not None,

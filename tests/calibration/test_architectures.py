@@ -26,6 +26,7 @@ KL = 0.2
 def config_of(family: str, **changes: Any) -> PreTrainedConfig:
     config_class, values = FAMILIES[family]
     sizes = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 1024}
+    sizes["num_hidden_layers"] = 2
     return getattr(transformers, f"{config_class}Config")(**values | sizes | changes)
 
 

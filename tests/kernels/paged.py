@@ -66,6 +66,7 @@ def attend(
     group_size: int,
     sliding_window: int | None = None,
     rotation: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """paged_attention into a new tensor."""
     output = torch.full_like(query, 9.0)
@@ -80,6 +81,7 @@ def attend(
         group_size,
         sliding_window,
         rotation,
+        logits_soft_cap=soft_cap,
     )
     return output
 

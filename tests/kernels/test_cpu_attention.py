@@ -35,6 +35,7 @@ class Scene:
     group_size: int
     sliding_window: int | None = None
     rotation: Tensor | None = None
+    soft_cap: float | None = None
 
     @classmethod
     def random(
@@ -64,13 +65,13 @@ class Scene:
     def run(self, kernels: ModuleType) -> Tensor:
         cache = as_reference(self.cache, self.group_size) if kernels is reference else self.cache
         scale = self.query.shape[2] ** -0.5
-        rest = self.group_size, self.sliding_window, self.rotation
+        rest = self.group_size, self.sliding_window, self.rotation, self.soft_cap
         return attend(kernels, self.query, cache, self.batch, scale, *rest)
 
     def request(self, index: int) -> "Scene":
         """One request alone."""
         query = self.query[self.batch.rows(index)]
-        rest = self.group_size, self.sliding_window, self.rotation
+        rest = self.group_size, self.sliding_window, self.rotation, self.soft_cap
         return Scene(self.batch.request(index), self.cache, query, *rest)
 
     def deviation(self) -> Tensor:
@@ -100,13 +101,17 @@ class Scene:
             position = torch.arange(length - q.shape[1], length)[:, None]
             distance = position - torch.arange(length)
             hidden = (distance < 0) | (distance >= (self.sliding_window or inf))
-            scores = (q @ key.transpose(1, 2) * scale).masked_fill(hidden, -inf)
+            scores, cap = q @ key.transpose(1, 2) * scale, self.soft_cap
+            if cap:
+                scores = cap * (scores / cap).tanh()
+            scores = scores.masked_fill(hidden, -inf)
             key_code, value_code = (
                 8 / 15 * (x.amax(2) - x.amin(2)).amax(1)[:, None] for x in (key, value)
             )
             norms = q.norm(dim=2) * key.norm(dim=2).amax(1)[:, None]
             score = half_step * q.abs().amax(2) * key_code + float32 * norms
             score *= scale * head_size**0.5
+            score += 8 * float32 * (cap or 0.0)  # capping moves scores towards each other
             most = value.abs().amax((1, 2))[:, None]
             average = half_step * scores.softmax(2).amax(2) * value_code + float32 * most
             deviation[rows] = (score * most + average * length**0.5).T[..., None]
@@ -136,6 +141,7 @@ REQUESTS = st.lists(
     dtype=st.sampled_from(FLOATS),
     sliding_window=st.sampled_from([None, None, 1, 7, 100]),
     rotated=st.booleans(),
+    soft_cap=st.sampled_from([None, None, 0.7, 50.0]),
     magnitude=st.sampled_from([0.0, 1.0, 30.0]),
     seed=st.integers(0, 2**16),
 )
@@ -150,6 +156,7 @@ def test_any_batch(
     dtype: torch.dtype,
     sliding_window: int | None,
     rotated: bool,
+    soft_cap: float | None,
     magnitude: float,
     seed: int,
 ) -> None:
@@ -170,6 +177,7 @@ def test_any_batch(
         rotated,
     )
     scene.query *= magnitude
+    scene.soft_cap = soft_cap
     scene.check(kernels)
 
 

@@ -20,13 +20,11 @@ class Features(NamedTuple):
     """What block size, head size and group size of a KV cache must be multiples of."""
     max_head_groups: int | None
     """Most groups of a head; None: any number."""
-    soft_cap: bool
-    """Whether it takes logits_soft_cap."""
     cuda_graphs: bool
     """Whether a step can be recorded and replayed: nothing waits for a GPU to read its tensors."""
 
 
-FEATURES = Features(kv_multiple=1, max_head_groups=None, soft_cap=True, cuda_graphs=False)
+FEATURES = Features(kv_multiple=1, max_head_groups=None, cuda_graphs=False)
 
 
 class Weight(NamedTuple):

@@ -21,7 +21,7 @@ from vllm_offq.rotation import hadamard_core
 
 TILE, BLOCK, MAX_SEGMENT, MAX_CORE = 16, 8, 256, 256
 
-FEATURES = Features(kv_multiple=TILE, max_head_groups=None, soft_cap=False, cuda_graphs=False)
+FEATURES = Features(kv_multiple=TILE, max_head_groups=None, cuda_graphs=False)
 
 
 @cache
@@ -191,8 +191,7 @@ def paged_attention(
     max_query_len: int | None = None,
     logits_soft_cap: float | None = None,
 ) -> None:
-    """See reference.paged_attention; without logits_soft_cap."""
-    assert not logits_soft_cap
+    """See reference.paged_attention."""
     assert head_rows(output) is output and output.dtype == query.dtype
     assert {index.dtype for index in (block_table, seq_lens, query_start_loc)} == {torch.int32}
     query = head_rows(query)
@@ -211,6 +210,7 @@ def paged_attention(
         block_table.data_ptr(),
         block_table.stride(0),
         sliding_window or 0,
+        logits_soft_cap or 0.0,
         kv_cache.data_ptr(),
         page_layout(kv_cache, group_size),
     )

@@ -93,6 +93,7 @@ class Attention(ctypes.Structure):
         ("block_table", c_void_p),
         ("block_table_stride", c_int64),
         ("sliding_window", c_int64),
+        ("soft_cap", c_float),
         ("kv_cache", c_void_p),
         ("page", PageLayout),
     )

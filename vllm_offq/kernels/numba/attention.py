@@ -41,6 +41,7 @@ from vllm_offq.kernels.numba.rows import (
 from vllm_offq.kernels.numba.tile import multiply
 from vllm_offq.kernels.reference import rotate_heads
 
+MINUS_2_LOG2E = np.float32(-2 * log2(e))
 CHUNK = 128
 """Tokens of the context at a time."""
 QUERY_ROWS = 32
@@ -86,6 +87,17 @@ def softmax(
 
 
 @helper
+def cap(score: Array, soft_cap: np.float32) -> None:
+    """Scores in units of log 2 to ``c * tanh(score / c)``, c being soft_cap in those units."""
+    step = MINUS_2_LOG2E / soft_cap
+    for i in range(len(score)):
+        x = score[i]
+        shrunk = exp2(abs(x) * step)
+        most = soft_cap * ((ONE - shrunk) / (ONE + shrunk))
+        score[i] = most if x > ZERO else -most
+
+
+@helper
 def weigh(probability: Array, parameter: Array, out: Array) -> None:
     """Pages hold anything beyond the last token: what nobody sees must not turn into NaN."""
     for i in range(len(out)):
@@ -111,13 +123,14 @@ def attend(
     num_bytes: Int,
     scale: Float,
     window: Int,
+    soft_cap: Float,
     first: Int,
     last: Int,
 ) -> None:
     """Of H_kv heads times pieces [P, 2], request and first token, those in [first, last).
 
     query, output: [T, H, D]; ends: [R] int32, of each request's tokens; scale: to scores in units
-    of log 2; window: 0 for none.
+    of log 2; window: 0 for none; soft_cap: in units of log 2, 0 for none.
     """
     _, heads, head_size = query.shape
     ratio, groups, width = heads // kv_heads, head_size // group_size, max(CHUNK, head_size)
@@ -180,6 +193,8 @@ def attend(
                 begin = max(0, seen - window) if window else 0
                 seen = max(0, min(seen, padded))
                 chances = score[r, :padded]
+                if soft_cap != ZERO:
+                    cap(chances, soft_cap)
                 top[r], rescale[r] = softmax(chances, min(begin, seen), seen, top[r])
                 total[r] = total[r] * rescale[r] + sum_of(chances)
 
@@ -233,8 +248,7 @@ def paged_attention(
     max_query_len: int | None = None,
     logits_soft_cap: float | None = None,
 ) -> None:
-    """See reference.paged_attention; without logits_soft_cap."""
-    assert not logits_soft_cap
+    """See reference.paged_attention."""
     num_bytes = 3 if query.dtype == torch.float32 else 2  # float32 has 24 bits itself
     query = query.float() if rotation is None else rotate_heads(query, rotation)
     starts, kv_heads = query_start_loc.numpy(), kv_cache.shape[1]
@@ -254,6 +268,7 @@ def paged_attention(
         num_bytes,
         np.float32(scale * log2(e)),
         sliding_window or 0,
+        np.float32((logits_soft_cap or 0.0) * log2(e)),
         count=len(pieces) * kv_heads,
         parts_per_thread=4,
     )

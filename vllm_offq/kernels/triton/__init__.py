@@ -13,7 +13,7 @@ from vllm_offq.kernels.triton.paged_attention import paged_attention
 
 __all__ = ["FEATURES", "kv_store", "linear", "paged_attention", "prepare_weight"]
 
-FEATURES = Features(kv_multiple=16, max_head_groups=MAX_GROUPS, soft_cap=True, cuda_graphs=True)
+FEATURES = Features(kv_multiple=16, max_head_groups=MAX_GROUPS, cuda_graphs=True)
 """16: a tile of a product, and the bytes of an aligned load."""
 
 if knobs.runtime.interpret:

@@ -133,12 +133,23 @@ struct AttentionKernel {
     }
   }
 
+  // soft_cap * tanh(x / soft_cap) in units of log 2, by tanh(y) = 1 - 2 / (exp(2 y) + 1).
+  void cap(float* x, int64_t count) const {
+    const F step = S::set(2.0f / a.soft_cap), one = S::set(1.0f), two = S::set(2.0f);
+    const F most = S::set(a.soft_cap * 1.44269504088896341f);
+    for (int64_t i = 0; i < count; i += S::kLanes) {
+      const F grown = S::add(exp2<S>(S::mul(S::load(x + i), step)), one);
+      S::store(x + i, S::mul(most, S::sub(one, S::div(two, grown))));
+    }
+  }
+
   // Softmax of a chunk: probabilities relative to the running maximum, which may rise.
   void softmax(int64_t start, int64_t padded) const {
     const int64_t length = a.seq_lens[piece.request];
     const int64_t query_end = a.query_start_loc[piece.request + 1];
     for (int64_t r = 0; r < rows; ++r) {
       float* x = s.score + r * kChunkTokens;
+      if (a.soft_cap != 0.0f) cap(x, padded);
       const int64_t position = length - (query_end - piece.first_token) + r / heads_per_kv;
       const int64_t end =
           max_of(0, min_of(min_of(position + 1, piece.context_end) - start, padded));

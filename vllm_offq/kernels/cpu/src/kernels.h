@@ -96,6 +96,7 @@ struct Attention {
   const int32_t* block_table;      // [requests, block_table_stride]
   int64_t block_table_stride;
   int64_t sliding_window;  // 0: none
+  float soft_cap;          // 0: none
   const uint8_t* kv_cache;
   PageLayout page;
 };

@@ -25,6 +25,7 @@ struct NeonDotprod {
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F div(F a, F b) { return vdivq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   // As on x86: the second operand where one is NaN.
   static F min(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }

@@ -14,6 +14,7 @@ from calibration.inspect_command import inspect
 from calibration.settings import (
     Basis,
     DTypeName,
+    GPTQInputs,
     HeadBits,
     KVBits,
     RecipeName,
@@ -67,8 +68,19 @@ def quantize(
         int | None, typer.Option(help="Of weight scales; default: one per output channel.")
     ] = None,
     basis: Annotated[
-        Basis, typer.Option(help="Tokens that rank the residual stream's directions.")
-    ] = "top-1",
+        Basis,
+        typer.Option(help="Of the residual stream; auto tries all. top-1 is the paper's."),
+    ] = "auto",
+    gptq_inputs: Annotated[
+        GPTQInputs,
+        typer.Option(
+            help="Minimise errors on the original's inputs, on those through the layers quantized "
+            "before, or on these with weights that make up for the difference."
+        ),
+    ] = "original",
+    refinements: Annotated[
+        int, typer.Option(help="Rounds of fitting scales and codes to each other after GPTQ.")
+    ] = 1,
     kv_bits: Annotated[KVBits, typer.Option(help="16 keeps vLLM's own cache.")] = "4",
     head_bits: Annotated[
         HeadBits, typer.Option(help="Of the output head; 16 leaves it as it is.")
@@ -76,6 +88,12 @@ def quantize(
     dtype: Annotated[DTypeName, typer.Option(help="Of what stays unquantized.")] = "auto",
     seed: Annotated[int, typer.Option(help="Same seed, same input, same bytes.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT at the end.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume", help="Go on with an interrupted run to OUT, or discard it."
+        ),
+    ] = None,
 ) -> None:
     """Quantize a model to 4-bit weights, activations and KV cache."""
     settings = Settings(
@@ -84,6 +102,8 @@ def quantize(
         group_size=group_size,
         weight_group_size=weight_group_size,
         basis=basis,
+        gptq_inputs=gptq_inputs,
+        refinements=refinements,
         kv_bits=kv_bits,
         head_bits=head_bits,
         calibration=tuple(calibration),
@@ -94,7 +114,7 @@ def quantize(
     )
     from calibration.quantize_command import run  # torch and transformers are slow to import
 
-    run(model, out, settings, overwrite)
+    run(model, out, settings, overwrite, resume)
 
 
 app.command()(inspect)

@@ -1,18 +1,21 @@
-"""Weights to codes: GPTQ (arXiv 2210.17323), which minimises output errors, or the nearest ones."""
+"""Weights to codes: GPTQ (arXiv 2210.17323), which minimises output errors, or the nearest ones.
+
+A linear computes ``y = X W^T`` with W [N, K]; ``H = X^T X`` over the calibration tokens. The error
+of a rounded W' is ``tr((W' - W) H (W' - W)^T)``.
+"""
 
 import logging
 
 import torch
 from torch import Tensor
 
-from vllm_offq.errors import UserError
+from calibration.correction import Correction
+from calibration.scales import fit_scales, search_scales, stored_scale
 from vllm_offq.format import HEAD_CODE_MAX
 from vllm_offq.quantizer import CODE_MAX, CODE_MIN
 
 logger = logging.getLogger(__name__)
 
-CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(25))
-"""Shrink factors of the absolute maximum that the scale search tries."""
 BLOCK_SIZE = 128
 ROWS_AT_ONCE = 4096
 """Of a head, whose temporary copies would otherwise be the largest tensors of a run."""
@@ -20,47 +23,16 @@ DAMPING = 0.01
 """Added to the Hessian's diagonal, as a fraction of its mean."""
 
 
-def search_scale(weight: Tensor, importance: Tensor) -> Tensor:
-    """The symmetric scale of each row with the least error weighted by each channel's importance.
-
-    weight: [N, k] float32; importance: [k], the Hessian's diagonal.
-    Returns: [N] float32, values that float16 holds exactly, positive.
-    """
-    largest = weight.abs().amax(1) / CODE_MAX
-    best_scale, best_error = largest, torch.full_like(largest, torch.inf)
-    for ratio in CLIP_RATIOS:
-        scale = stored_scale(largest * ratio)
-        error = ((_round(weight, scale[:, None]) * scale[:, None] - weight).square()) @ importance
-        better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_error = torch.where(better, error, best_error)
-    return best_scale
-
-
-def stored_scale(scale: Tensor) -> Tensor:
-    """What float16 makes of a scale; a row of zeros gets the smallest, its codes are zero.
-
-    Raises: UserError if it is too large.
-    """
-    limits = torch.finfo(torch.float16)
-    if (scale > limits.max).any():
-        raise UserError("a weight is too large for a float16 scale; the model is damaged")
-    return scale.clamp_min(limits.smallest_normal).half().float()
-
-
-def _round(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight / scale).round().clamp(CODE_MIN, CODE_MAX)
-
-
 def round_to_nearest(
     weight: Tensor, importance: Tensor, group_size: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] int8 and scales [N, G] float16 without error feedback; arguments as in gptq."""
-    groups = weight.split(group_size or weight.shape[1], 1)
-    weights = importance.split(group_size or weight.shape[1])
-    scales = [search_scale(group, part) for group, part in zip(groups, weights, strict=True)]
-    codes = [_round(group, scale[:, None]) for group, scale in zip(groups, scales, strict=True)]
-    return torch.cat(codes, 1).to(torch.int8), torch.stack(scales, 1).half()
+    """Codes and scales as gptq returns them, without error feedback.
+
+    weight: [N, K] float32; importance: [K], the Hessian's diagonal.
+    """
+    scales = search_scales(weight, importance, group_size or weight.shape[1])
+    groups = weight.unflatten(1, (scales.shape[1], -1))
+    return _round(groups, scales[..., None]).flatten(1).to(torch.int8), scales.half()
 
 
 def round_head(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,59 +45,117 @@ def round_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales.half()
 
 
-def gptq(weight: Tensor, hessian: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Round column after column, spreading each error over the columns still to come.
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    group_size: int | None,
+    *,
+    correction: Correction | None = None,
+    refinements: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of least output error, approximately.
 
-    weight: [N, K] float32; hessian: [K, K] float32, sum of x x^T over the inputs; group_size: of
-    the scales, None for one per row.
+    weight: [N, K] float32; hessian: [K, K] float32, of the inputs that the linear will see;
+    group_size: of the scales, None for one per row; correction: for inputs that are not the
+    original's; refinements: rounds of fit_scales and descend after rounding.
     Returns: codes [N, K] int8, scales [N, 1] or [N, K / group_size] float16.
     """
-    inverse = _inverse_factor(hessian)
-    importance = hessian.diagonal()
-    channels = (
-        weight.T.contiguous()
-    )  # [K, N]: input channels are rows, so that a step is contiguous
+    damped, inverse_factor = factor(hessian)
+    if correction is not None:
+        weight = correction.apply(weight, inverse_factor)
+    codes, scales = _round_in_order(
+        weight, damped.diagonal().float(), inverse_factor.float(), group_size or weight.shape[1]
+    )
+    metric = damped.float()
+    for _ in range(refinements):
+        scales = fit_scales(weight, codes, scales, metric)
+        codes = descend(weight, codes, scales, metric)
+    return codes.to(torch.int8), scales.half()
+
+
+def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The damped Hessian H and the upper triangular R with ``R^T R = H^-1``, float64.
+
+    Damping is raised tenfold until the factorisation succeeds, which it must once the diagonal
+    dominates.
+    """
+    mean = hessian.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    damping = DAMPING
+    while True:
+        damped = hessian.double()
+        damped.diagonal().add_(damping * mean)
+        # H = U U^T with U upper triangular is the Cholesky factor of H read backwards.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+            upper = lower.flip(0, 1)
+            return damped, torch.linalg.solve_triangular(upper, identity, upper=True)
+        damping *= 10
+        logger.warning("a Hessian did not factor; damping it by %g of its mean diagonal", damping)
+
+
+def _round_in_order(
+    weight: Tensor, importance: Tensor, inverse_factor: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Channel after channel, spreading each error over those still to come.
+
+    Returns: codes [N, K] and scales [N, K / group_size], float32.
+    """
+    channels = weight.T.contiguous()  # [K, N], so that a step is contiguous
     num_channels = len(channels)
-    codes = torch.empty(channels.shape, dtype=torch.int8)
+    codes = torch.empty_like(channels)
     scales: list[Tensor] = []
     scale = torch.empty(0)
     for start in range(0, num_channels, BLOCK_SIZE):
         end = min(start + BLOCK_SIZE, num_channels)
         errors = torch.empty(end - start, channels.shape[1])
         for channel in range(start, end):
-            if channel % (group_size or num_channels) == 0:
-                group = slice(channel, channel + (group_size or num_channels))
-                scale = search_scale(channels[group].T, importance[group])
+            if channel % group_size == 0:
+                group = slice(channel, channel + group_size)
+                scale = search_scales(channels[group].T, importance[group], group_size)[:, 0]
                 scales.append(scale)
             value = channels[channel]
             code = _round(value, scale)
-            codes[channel] = code.to(torch.int8)
-            error = (value - code * scale) / inverse[channel, channel]
-            channels[channel + 1 : end].addr_(inverse[channel, channel + 1 : end], error, alpha=-1)
+            codes[channel] = code
+            error = (value - code * scale) / inverse_factor[channel, channel]
+            rest = inverse_factor[channel, channel + 1 : end]
+            channels[channel + 1 : end].addr_(rest, error, alpha=-1)
             errors[channel - start] = error
-        channels[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
-    return codes.T.contiguous(), torch.stack(scales, 1).half()
+        channels[end:].addmm_(inverse_factor[start:end, end:].T, errors, alpha=-1)
+    return codes.T.contiguous(), torch.stack(scales, 1)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse Hessian, float32.
+def descend(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """One pass of coordinate descent: each code becomes the best given all others.
 
-    Damping is raised tenfold until the factorisation succeeds, which it must once the diagonal
-    dominates.
+    With the residual ``E = W' - W`` the best value of channel k is ``w'_k - (E H)_k / H_kk``; the
+    error never grows.
+
+    weight, codes: [N, K] float32; scales: [N, G]; hessian: [K, K] float32, damped.
+    Returns: [N, K] float32.
     """
-    matrix = hessian.double()
-    mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    damping = DAMPING
-    while True:
-        damped = matrix + torch.eye(len(matrix), dtype=matrix.dtype) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper.float()
-        damping *= 10
-        logger.warning("a Hessian did not factor; damping it by %g of its mean diagonal", damping)
+    size = weight.shape[1] // scales.shape[1]
+    codes = codes.T.contiguous()  # [K, N], so that a step is contiguous
+    steps = scales.T.contiguous()
+    gradient = hessian @ (codes * steps.repeat_interleave(size, 0) - weight.T)
+    num_channels = len(codes)
+    for start in range(0, num_channels, BLOCK_SIZE):
+        end = min(start + BLOCK_SIZE, num_channels)
+        local, changes = gradient[start:end].clone(), torch.empty(end - start, codes.shape[1])
+        for channel in range(start, end):
+            scale, old = steps[channel // size], codes[channel]
+            best = old - local[channel - start] / (hessian[channel, channel] * scale)
+            best = best.round_().clamp_(CODE_MIN, CODE_MAX)
+            change = (best - old).mul_(scale)
+            codes[channel] = best
+            local.addr_(hessian[start:end, channel], change)
+            changes[channel - start] = change
+        gradient.addmm_(hessian[:, start:end], changes)
+    return codes.T.contiguous()
+
+
+def _round(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight / scale).round_().clamp_(CODE_MIN, CODE_MAX)
 
 
 def output_error(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> float:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from calibration.architectures import Architecture, find_architecture
@@ -51,7 +52,12 @@ class Original:
     @property
     def num_bytes(self) -> int:
         """Of the original's weights as it stores them, tied tensors once."""
-        return sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
+        tied = self.architecture.head if self.model.config.tie_word_embeddings else "none"
+        return self.dtype.itemsize * sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if not name.startswith(f"{tied}.")
+        )
 
     @contextmanager
     def loaded(self, *paths: str) -> Iterator[list[nn.Module]]:
@@ -168,7 +174,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
 def _architecture(config: Any) -> Architecture:
     names = config.architectures
     if not names:  # a GGUF names its model type only
-        names = [f"{config.model_type.capitalize()}ForCausalLM"]
+        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
     return find_architecture(names)
 
 

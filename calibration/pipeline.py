@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vllm_offq
+from calibration.basis import residual_candidates, try_candidates
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
@@ -18,7 +19,7 @@ from calibration.loader import Original, load_original
 from calibration.model_card import model_card
 from calibration.plan import plan
 from calibration.progress import Progress, no_progress
-from calibration.quantize_block import SHOWN_SITE, quantize_block
+from calibration.quantize_block import SHOWN_SITE, Streams, quantize_block
 from calibration.record import Record
 from calibration.report import Report, write_report
 from calibration.report.collect import ActivationHistograms, spectrum
@@ -28,7 +29,7 @@ from calibration.settings import Settings
 from calibration.statistics import collect
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
-from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig, pack_int8
+from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig, SiteConfig, pack_int8
 from vllm_offq.manifest import expected_tensors
 
 BATCH_TOKENS = 2048
@@ -107,12 +108,12 @@ class _Run:
         instrument(original.model, original.architecture)
         rotations = self.rotations(tokens, batch_size)
         with self.progress("quantizing", original.num_layers, unit="layer") as advance:
-            inputs = self.inputs(rotations, tokens, batch_size)
+            streams = self.streams(rotations, tokens, batch_size)
             advance(saved.state.layers)
             for index in range(saved.state.layers, original.num_layers):
-                self.quantize_layer(index, rotations, inputs)
+                self.quantize_layer(index, rotations, streams)
                 advance()
-                saved.save(_hidden(index + 1), dict(_numbered(inputs.hidden)))
+                saved.save(_hidden(index + 1), streams.tensors())
                 saved.state.layers = index + 1
                 saved.state.record = asdict(self.record)
                 saved.commit()
@@ -157,15 +158,30 @@ class _Run:
             statistics = collect(self.original, tokens, batch_size, advance)
         with self.progress("finding rotations", 1):
             rotations = compute_rotations(statistics, self.config, self.settings)
-            found = spectrum(statistics.top_tokens.T @ statistics.top_tokens, "top-1")
+            grid = self.config.sites[SHOWN_SITE]
+            candidates: dict[str, Tensor] = {}
+            if grid.fused_rotation == "principal":
+                candidates = residual_candidates(statistics, grid.group_size)
+            found = spectrum(_smaller_square(statistics.top_tokens), "top-1")
         if found is not None:
             self.record.spectrum = found.model_dump()
+        if candidates:
+            rotations.residual = candidates[self.basis(grid, candidates, tokens)]
         self.saved.save("rotations", rotations.tensors())
         self.saved.state.record = asdict(self.record)
         self.saved.commit()
         return rotations
 
-    def inputs(self, rotations: Rotations, tokens: Tensor, batch_size: int) -> BlockInputs:
+    def basis(self, grid: SiteConfig, candidates: dict[str, Tensor], tokens: Tensor) -> str:
+        """Name of the one that the settings ask for, or that is the best."""
+        if self.settings.basis != "auto":
+            return self.settings.basis
+        with self.progress("choosing a basis", self.original.num_layers, unit="layer") as advance:
+            tried = try_candidates(self.original, grid, candidates, tokens, advance)
+        self.record.basis_candidates = [candidate.model_dump() for candidate in tried]
+        return next(candidate.name for candidate in tried if candidate.chosen)
+
+    def streams(self, rotations: Rotations, tokens: Tensor, batch_size: int) -> Streams:
         """What reaches the first block that is not quantized yet; writes the embedding if new."""
         model, architecture = self.original.model, self.original.architecture
         hidden = self.saved.load(_hidden(self.saved.state.layers))
@@ -176,14 +192,15 @@ class _Run:
             fuse_embedding(embedding, rotations)
             if hidden is not None:
                 inputs = block_inputs(model, architecture, tokens[:batch_size], batch_size)
-                inputs.hidden = [hidden[str(number)] for number in range(len(hidden))]
-                return inputs
+                return Streams.from_tensors(hidden, inputs.arguments)
             inputs = block_inputs(model, architecture, tokens, batch_size)
             for name, parameter in embedding.named_parameters():
                 self.writer.add(f"{architecture.embedding}.{name}", parameter.to(self.dtype))
-        return inputs
+        if self.settings.rounding == "rtn" or self.settings.gptq_inputs == "original":
+            return Streams(inputs, None)
+        return Streams(inputs, BlockInputs(list(inputs.hidden), inputs.arguments))
 
-    def quantize_layer(self, index: int, rotations: Rotations, inputs: BlockInputs) -> None:
+    def quantize_layer(self, index: int, rotations: Rotations, streams: Streams) -> None:
         """One block, from the original's weights to codes in the writer."""
         original, architecture = self.original, self.original.architecture
         histograms = self.histograms(index)
@@ -199,7 +216,7 @@ class _Run:
                 layer,
                 index,
                 architecture,
-                inputs,
+                streams,
                 self.settings,
                 self.config,
                 self.writer,
@@ -282,9 +299,10 @@ def _batch_size(samples: int, sequence_length: int) -> int:
     return max(size for size in range(1, min(limit, samples) + 1) if samples % size == 0)
 
 
+def _smaller_square(x: Tensor) -> Tensor:
+    """Of x x^T and x^T x, which have the same eigenvalues but for zeros. x: [t, n]."""
+    return x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+
+
 def _hidden(layer: int) -> str:
     return f"hidden-{layer:05d}"
-
-
-def _numbered(batches: list[Tensor]) -> list[tuple[str, Tensor]]:
-    return [(str(number), batch) for number, batch in enumerate(batches)]

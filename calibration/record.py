@@ -9,7 +9,7 @@ from typing import Any
 
 import vllm_offq
 from calibration.progress import Progress
-from calibration.report import Histograms, Report, Spectrum, size_kind
+from calibration.report import BasisCandidate, Histograms, Report, Spectrum, size_kind
 from calibration.settings import Settings
 
 
@@ -29,6 +29,7 @@ class Record:
     """Of each linear: squared error of its output from rounding weights, relative."""
     spectrum: dict[str, Any] | None = None
     histograms: dict[str, Any] | None = None
+    basis_candidates: list[dict[str, Any]] | None = None
 
     def timed(self, progress: Progress) -> Progress:
         """The same progress, whose stages add to seconds_by_stage."""
@@ -77,4 +78,7 @@ class Record:
             histograms=None
             if self.histograms is None
             else Histograms.model_validate(self.histograms),
+            basis_candidates=None
+            if self.basis_candidates is None
+            else [BasisCandidate(**candidate) for candidate in self.basis_candidates],
         )

@@ -60,7 +60,10 @@ class Rotations:
 def compute_rotations(
     statistics: Statistics, config: CheckpointConfig, settings: Settings
 ) -> Rotations:
-    """The rotations of the settings' recipe."""
+    """The rotations of the settings' recipe, but for the principal basis of the residual stream.
+
+    That is chosen among several, see calibration.basis.
+    """
     rotation = RECIPES[settings.recipe].rotation
     if rotation == "none":
         return Rotations()
@@ -73,7 +76,6 @@ def compute_rotations(
             group_size=config.sites["attention_input"].group_size,
             head_group_size=config.sites["attention_output"].group_size,
             down_group_size=config.sites["mlp_output"].group_size,
-            basis=settings.basis,
             online=online is not None,
         )
     if config.kv_cache is None:
@@ -86,14 +88,12 @@ def principal_rotations(
     group_size: int,
     head_group_size: int,
     down_group_size: int,
-    basis: str,
     online: bool = False,
 ) -> Rotations:
-    """OffQ: principal basis, sorted grouping, group Hadamard at every place.
+    """OffQ: principal basis, sorted grouping, group Hadamard at every place but the residual.
 
-    basis: "top-1" ranks directions by the largest token of every sequence (the paper), "all" by
-    every token. online: the residual stream can only be permuted, so its channels take the place
-    of directions, ranked by the energy of all tokens, and the group Hadamard is done online.
+    online: the residual stream can only be permuted, so its channels take the place of
+    directions, ranked by their energy, and the group Hadamard is done online.
     """
     rotations = Rotations(
         keys=_head_rotations(statistics.keys, head_group_size),
@@ -104,10 +104,6 @@ def principal_rotations(
     if online:
         rotations.residual_order = _grouped_order(statistics.residual.diagonal(), group_size)
         rotations.residual_block_size = group_size
-    else:
-        tokens = statistics.top_tokens if basis == "top-1" else statistics.top_tokens[:0]
-        directions = principal_basis(tokens, statistics.residual)
-        rotations.residual = group_rotation(directions, group_size)
     return rotations
 
 

@@ -10,9 +10,10 @@ from vllm_offq.errors import UserError
 
 RecipeName = Literal["offq", "quarot", "rtn"]
 Rounding = Literal["gptq", "rtn"]
-Basis = Literal["top-1", "all"]
+Basis = Literal["auto", "top-1", "all", "sink", "permutation"]
 KVBits = Literal["4", "16"]
 HeadBits = Literal["8", "16"]
+GPTQInputs = Literal["original", "quantized", "corrected"]
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -47,8 +48,13 @@ class Settings:
     """Of activations; None: 128 where it divides, else 64."""
     weight_group_size: int | None = None
     """Of weight scales; None: one per output channel."""
-    basis: Basis = "top-1"
-    """Tokens that rank the residual stream's directions: each sequence's largest, or all."""
+    basis: Basis = "auto"
+    """Of the residual stream; auto: the best of all on calibration tokens."""
+    gptq_inputs: GPTQInputs = "original"
+    """What errors are minimised on: the original's inputs; those that come through the layers
+    quantized before; or these, with weights that make up for the difference (GPTAQ)."""
+    refinements: int = 1
+    """Rounds that fit scales to codes and codes to each other after GPTQ."""
     kv_bits: KVBits = "4"
     head_bits: HeadBits = "8"
     """Of the output head's weights, and of its input where they are 8."""
@@ -67,6 +73,8 @@ class Settings:
             raise UserError("--samples must be at least 1 and --sequence-length at least 2")
         if isinstance(self.calibration, str):  # or its letters would be the sources
             raise UserError(f"calibration is a tuple of sources; give ({self.calibration!r},)")
+        if self.refinements < 0:
+            raise UserError("--refinements must not be negative")
         shares(self.calibration, self.samples)  # refuses before a large model is read
 
     @property

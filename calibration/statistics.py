@@ -20,7 +20,10 @@ class Statistics:
     top_tokens: Tensor
     """[2 L S, n] float32: of each sequence and layer input the token of largest maximum."""
     residual: Tensor
-    """[n, n] float64, of all tokens at the inputs of attention and MLP, normed, without gains."""
+    """[n, n] float64, at the inputs of attention and MLP, normed, without gains; of all tokens
+    but the first of each sequence."""
+    first: Tensor
+    """[n, n] float64, likewise of the first tokens, which models use as a sink of attention."""
     keys: Tensor
     """[L, H_kv, D, D] float64, after RoPE."""
     values: Tensor
@@ -44,6 +47,7 @@ def collect(
     statistics = Statistics(
         top_tokens=torch.empty(0, hidden_size),
         residual=torch.zeros(hidden_size, hidden_size, dtype=torch.float64),
+        first=torch.zeros(hidden_size, hidden_size, dtype=torch.float64),
         keys=torch.zeros(heads, dtype=torch.float64),
         values=torch.zeros(heads, dtype=torch.float64),
         down_energy=torch.zeros(num_layers, config.intermediate_size, dtype=torch.float64),
@@ -66,8 +70,9 @@ def collect(
             normed = x * x.square().mean(-1, keepdim=True).rsqrt() if gain is None else x / gain
             strongest = normed.abs().amax(-1).argmax(-1)
             top_tokens.append(normed[torch.arange(len(normed)), strongest])
-            flat = normed.flatten(0, 1)
-            statistics.residual.add_((flat.T @ flat).double())
+            first, others = normed[:, 0], normed[:, 1:].flatten(0, 1)
+            statistics.first.add_((first.T @ first).double())
+            statistics.residual.add_((others.T @ others).double())
 
         with original.block(index) as layer:
             observed: list[OffQLinear] = []
@@ -77,7 +82,7 @@ def collect(
                     gain = None
                     if site.norm is not None:
                         weight: Tensor = layer.get_submodule(site.norm).weight  # type: ignore[assignment]
-                        gain = _invertible(weight + architecture.gain_offset)
+                        gain = invertible(weight + architecture.gain_offset)
                     linear.observe = partial(observe_residual, gain)
                     observed.append(linear)
                 elif site.name == "mlp_output":
@@ -99,6 +104,6 @@ def collect(
     return statistics
 
 
-def _invertible(gain: Tensor) -> Tensor:
-    """The input before the gain is what the rotation sees; a dead channel stays zero."""
+def invertible(gain: Tensor) -> Tensor:
+    """To divide by: the rotation sees the input before the gain; a dead channel stays zero."""
     return torch.where(gain == 0, torch.full_like(gain, torch.inf), gain)

@@ -48,8 +48,12 @@ def sample_report(layers: int = 2, seed: int = 0, experts: int = 0, **changes: A
         if experts
         else None,
         "basis_candidates": [
-            BasisCandidate(name="top-1", mean_error=0.004, worst_error=0.006, chosen=True),
-            BasisCandidate(name="all", mean_error=0.005, worst_error=0.009, chosen=False),
+            BasisCandidate(
+                name="top-1", mean_error=0.004, worst_error=0.006, divergence=0.031, chosen=True
+            ),
+            BasisCandidate(
+                name="all", mean_error=0.005, worst_error=0.009, divergence=0.042, chosen=False
+            ),
         ],
         "clip_ratios": dict.fromkeys(SITES, 0.95),
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calibration.architectures import Architecture
+from calibration.basis import residual_candidates
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import attention_state, instrument, layers_of
 from calibration.loader import load_original
@@ -104,7 +105,10 @@ def offq(statistics: Statistics, architecture: Architecture) -> Rotations:
     online = bool(architecture.output_norms)
     dim = statistics.keys.shape[-1]
     head_group = dim if dim % 64 else 64
-    return principal_rotations(statistics, 64, head_group, 64, basis="top-1", online=online)
+    rotations = principal_rotations(statistics, 64, head_group, 64, online=online)
+    if not online:
+        rotations.residual = residual_candidates(statistics, 64)["top-1"]
+    return rotations
 
 
 @pytest.mark.parametrize("part", PARTS)

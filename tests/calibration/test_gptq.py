@@ -1,10 +1,14 @@
 """GPTQ: a valid grid, less output error than rounding, the scales that are stored."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
-from calibration.gptq import gptq, output_error, round_to_nearest, search_scale
+from calibration.correction import Correction
+from calibration.gptq import descend, factor, gptq, output_error, round_to_nearest
+from calibration.scales import fit_scales, search_scales
 from vllm_offq.errors import UserError
 
 
@@ -67,11 +71,106 @@ def test_a_hessian_of_few_tokens_is_damped_until_it_factors() -> None:
 def test_scale_search_prefers_important_channels() -> None:
     weight = torch.tensor([[0.7, 0.1, 0.1, 0.1]])
     importance = torch.tensor([0.0, 1.0, 1.0, 1.0])
-    scale = search_scale(weight, importance)
-    quantized = (weight / scale[:, None]).round().clamp(-8, 7) * scale[:, None]
+    scale = search_scales(weight, importance, 4)
+    quantized = (weight / scale).round().clamp(-8, 7) * scale
     assert (quantized[0, 1:] - 0.1).abs().max() < 0.004
 
 
 def test_a_weight_beyond_float16_scales_is_refused() -> None:
     with pytest.raises(UserError, match="float16 scale"):
-        search_scale(torch.full((1, 4), 1e6), torch.ones(4))
+        search_scales(torch.full((1, 4), 1e6), torch.ones(4), 4)
+
+
+def test_scales_of_many_rows_are_those_of_each() -> None:
+    weight, hessian = problem(700, 256)  # more than are searched at once
+    importance = hessian.diagonal()
+    found = search_scales(weight, importance, 64)
+    assert found.half().float().equal(found)
+    for row in (0, 511, 512, 699):
+        for group in range(4):
+            part = slice(64 * group, 64 * group + 64)
+            alone = search_scales(weight[row : row + 1, part], importance[part], 64)
+            assert alone.item() == found[row, group]
+
+
+def test_factor_inverts_the_damped_hessian() -> None:
+    _, hessian = problem(1, 96)
+    damped, inverse_factor = factor(hessian)
+    assert inverse_factor.equal(inverse_factor.triu())
+    identity = torch.eye(96, dtype=torch.float64)
+    torch.testing.assert_close(inverse_factor.T @ inverse_factor @ damped, identity)
+    assert torch.equal(
+        damped - torch.diag(damped.diagonal() - hessian.diagonal()), hessian.double()
+    )
+
+
+@pytest.mark.parametrize("group_size", [64, 192])
+def test_refinements_never_raise_the_error_they_minimise(group_size: int) -> None:
+    weight, hessian = problem(48, 192)
+    metric = factor(hessian)[0].float()
+    codes, scales = (part.float() for part in gptq(weight, hessian, group_size))
+    errors = [output_error(weight, codes, scales, metric)]
+    for _ in range(3):
+        scales = fit_scales(weight, codes, scales, metric)
+        errors.append(output_error(weight, codes, scales, metric))
+        codes = descend(weight, codes, scales, metric)
+        errors.append(output_error(weight, codes, scales, metric))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
+    assert errors[-1] < 0.97 * errors[0]
+    refined = gptq(weight, hessian, group_size, refinements=3)
+    assert output_error(weight, *refined, metric) == pytest.approx(errors[-1])
+    assert refined[0].min() >= -8 and refined[0].max() <= 7
+
+
+def test_fitted_scales_are_the_best_for_their_codes() -> None:
+    weight, hessian = problem(8, 128)
+    codes, scales = (part.float() for part in round_to_nearest(weight, hessian.diagonal(), 64))
+    best = fit_scales(weight, codes, scales, hessian)
+    error = output_error(weight, codes, best, hessian)
+    for factor_ in (0.99, 1.01):
+        for group in range(2):
+            changed = best.clone()
+            changed[:, group] *= factor_
+            assert output_error(weight, codes, changed, hessian) > error
+
+
+def test_the_correction_makes_up_for_noise_in_the_inputs() -> None:
+    """Inputs that reach the quantized model scaled by 0.9 need a weight 1/0.9 times as large."""
+    weight, _ = problem(48, 128)
+    x = torch.randn(1024, 128, generator=torch.Generator().manual_seed(5))
+    quantized = 0.9 * x + 0.05 * torch.randn(1024, 128, generator=torch.Generator().manual_seed(6))
+    correction = Correction((x - quantized).T @ quantized, x, quantized)
+    hessian = quantized.T @ quantized
+
+    def error(codes: Tensor, scales: Tensor) -> float:
+        rounded = (codes.float().unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
+        expected = x @ weight.T
+        return float((quantized @ rounded.T - expected).norm() / expected.norm())
+
+    plain = error(*gptq(weight, hessian, 64))
+    corrected = error(*gptq(weight, hessian, 64, correction=correction))
+    assert corrected < 0.85 * plain
+
+
+def test_a_correction_that_is_noise_is_left_out() -> None:
+    """Fewer tokens than channels: the shift fits them and nothing else."""
+    weight, _ = problem(48, 128)
+    generator = torch.Generator().manual_seed(7)
+
+    def tokens(count: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(count, 128, generator=generator)
+        return x, x + 0.3 * torch.randn(count, 128, generator=generator)
+
+    def error(w: Tensor, x: Tensor, quantized: Tensor) -> float:
+        return float((quantized @ w.T - x @ weight.T).square().sum())
+
+    x, quantized = tokens(100)
+    cross = (x - quantized).T @ quantized
+    _, inverse_factor = factor(quantized.T @ quantized)
+    corrected = Correction(cross, *tokens(64)).apply(weight, inverse_factor)
+    overfit = (
+        weight + (weight.double() @ cross.double() @ inverse_factor.T @ inverse_factor).float()
+    )
+    fresh = tokens(2048)
+    assert error(overfit, *fresh) > 1.5 * error(weight, *fresh)
+    assert error(corrected, *fresh) <= 1.01 * error(weight, *fresh)

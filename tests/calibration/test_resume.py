@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,19 @@ def test_a_killed_run_goes_on(
     finished = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=environment)
     assert finished.returncode == 0
     assert digests(out) == uninterrupted
+
+
+def test_the_quantized_stream_goes_on_too(
+    original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings, gptq_inputs="corrected")
+    quantize(str(original), tmp_path / "whole", settings)
+    with monkeypatch.context() as patch:
+        stop_after(2, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(original), tmp_path / "out", settings)
+    quantize(str(original), tmp_path / "out", settings, resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def test_other_settings_do_not_go_on(

@@ -7,6 +7,7 @@ from tiny_models import make_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from calibration.architectures import find_architecture
+from calibration.basis import residual_candidates
 from calibration.fuse import fuse_block, fuse_embedding
 from calibration.instrument import OffQLinear, block_inputs, instrument
 from calibration.loader import load_original
@@ -36,7 +37,8 @@ def test_planted_outlier_is_found_and_becomes_a_constant(tmp_path: Path) -> None
     basis = principal_basis(statistics.top_tokens, statistics.residual)
     assert (basis[:, 0] @ direction.double()).abs() > 0.99
 
-    rotations = principal_rotations(statistics, 64, 64, 64, basis="top-1")
+    rotations = principal_rotations(statistics, 64, 64, 64)
+    rotations.residual = residual_candidates(statistics, 64)["top-1"]
     seen: list[torch.Tensor] = []
     with original.loaded(LLAMA.embedding, LLAMA.final_norm) as (embedding, _):
         fuse_embedding(embedding, rotations)

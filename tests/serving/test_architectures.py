@@ -1,10 +1,11 @@
 """Each model family through vLLM's own class: what it answers is what transformers calculates.
 
 As test_served.py says, a value at the boundary between two codes may get the other one, and all
-that follows in its prompt differs by a part of the quantization noise then. In these models this
-happens in one token out of ten to twenty. So most tokens of short prompts are equal to 1e-4, also
-behind the window of local layers, which is 4 tokens; were anything calculated otherwise than in
-transformers, none would be. A long prompt can only be bounded by the noise itself.
+that follows in its prompt differs by a part of the quantization noise then. In these models that
+happens in about one token of twenty. So most tokens of short prompts are equal to 1e-4, 74% of
+those behind the window of local layers at least. Were the window one token longer, the scale of the
+queries, a soft cap or the rotary embedding a little different, 5% at most would be (tried). A long
+prompt, of several chunks and pages, can only be bounded by the noise itself.
 """
 
 import json
@@ -75,7 +76,7 @@ def test_answers_are_those_of_transformers(
         errors.append((torch.tensor(answer["logprobs"]) - expected).abs())
     short = torch.stack(errors[:-1])
     assert short.median() < EXACT
-    assert (short[:, WINDOW + 1 :] < EXACT).float().mean() > 0.2
+    assert (short[:, WINDOW + 1 :] < EXACT).float().mean() > 0.4
     original = AutoModelForCausalLM.from_pretrained(
         folder / family / "model", dtype=torch.float32, attn_implementation="eager"
     )

@@ -109,6 +109,13 @@ class Architecture:
         raise KeyError(role)
 
 
+def layer_windows(config: Any) -> str | None:
+    """A refusal, for classes where transformers and vLLM read `layer_types` differently."""
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        return "sliding windows in some layers"
+    return None
+
+
 def head_size(config: Any) -> int:
     """Channels of one attention head of a Hugging Face config."""
     explicit = getattr(config, "head_dim", None)

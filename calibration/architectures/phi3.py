@@ -1,6 +1,6 @@
 """Phi-3 and Phi-4: query, key and value in one linear, gate and up in another."""
 
-from calibration.architectures.base import Architecture
+from calibration.architectures.base import Architecture, layer_windows
 from vllm_offq.architectures import LAYOUTS
 
 PHI3 = Architecture(
@@ -10,4 +10,5 @@ PHI3 = Architecture(
     value="self_attn.qkv_proj",
     gate="mlp.gate_up_proj",
     up="mlp.gate_up_proj",
+    refusal=layer_windows,
 )

@@ -5,16 +5,14 @@ Qwen 3's head norms come before the rotary embedding and key rotations after it,
 
 from typing import Any
 
-from calibration.architectures.base import Architecture
+from calibration.architectures.base import Architecture, layer_windows
 from vllm_offq.architectures import LAYOUTS
 
 
 def _refusal(config: Any) -> str | None:
-    if "sliding_attention" in (config.layer_types or []):
-        return "sliding windows in some layers, which vLLM's class does not do"
     if getattr(config, "dual_chunk_attention_config", None):
         return "dual chunk attention"
-    return None
+    return layer_windows(config)
 
 
 def _qwen3_refusal(config: Any) -> str | None:

@@ -84,6 +84,7 @@ def changed(name: str, value: Any) -> Callable[[PreTrainedConfig], None]:
     ("family", "change", "sentence"),
     [
         ("Qwen2", changed("layer_types", ["sliding_attention"]), "sliding windows in some layers"),
+        ("Phi3", changed("layer_types", ["sliding_attention"]), "sliding windows in some layers"),
         ("Qwen2", changed("dual_chunk_attention_config", {"a": 1}), "dual chunk attention"),
         ("Qwen3", changed("attention_bias", True), "biases in attention"),
         ("Gemma2", changed("hidden_activation", "relu"), "the activation relu"),

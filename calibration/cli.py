@@ -15,6 +15,7 @@ from calibration.settings import (
     Basis,
     DTypeName,
     GPTQInputs,
+    HeadBasis,
     HeadBits,
     KVBits,
     RecipeName,
@@ -71,6 +72,12 @@ def quantize(
         Basis,
         typer.Option(help="Of the residual stream; auto tries all. top-1 is the paper's."),
     ] = "auto",
+    head_basis: Annotated[
+        HeadBasis, typer.Option(help="What keys and values of each head are rotated by.")
+    ] = "principal",
+    clip_ratio: Annotated[
+        float | None, typer.Option(help="Of activations' ranges; default: the recipe's.")
+    ] = None,
     gptq_inputs: Annotated[
         GPTQInputs,
         typer.Option(
@@ -102,6 +109,8 @@ def quantize(
         group_size=group_size,
         weight_group_size=weight_group_size,
         basis=basis,
+        head_basis=head_basis,
+        clip_ratio=clip_ratio,
         gptq_inputs=gptq_inputs,
         refinements=refinements,
         kv_bits=kv_bits,

@@ -20,10 +20,7 @@ COLUMNS_AT_ONCE = 512
 class SiteMoments:
     """Second moments of a site's input and what else is told of it, batch by batch.
 
-    X [t, K] is what the original's linears get, X_q what the quantized model's get. The first
-    token of a sequence, on which models rest attention, can hold nearly all energy of an input
-    (97% of it at one place of SmolLM2); so that damping, which goes by the mean energy, does not
-    drown all others, its part is made no larger than that of all other tokens together.
+    X [t, K] is what the original's linears get, X_q what the quantized model's get.
 
     width: K; grid: of the input; num_tokens: to come; corrects: collect for `correction` too.
     """
@@ -35,13 +32,11 @@ class SiteMoments:
         self._cross = torch.zeros(width, width) if corrects else None
         self._aside = max(LEAST_ASIDE, num_tokens // MOST_ASIDE)
         self._kept_aside: list[tuple[Tensor, Tensor]] = []
-        self._first: list[tuple[Tensor, Tensor]] = []
         self._signal = self._noise = 0.0
 
     def add(self, x: Tensor, quantized: Tensor) -> None:
-        """Count a batch of both, [B, T, K] float32."""
-        self._first.append((x[:, 0], quantized[:, 0]))
-        x, quantized = x[:, 1:].flatten(0, 1), quantized[:, 1:].flatten(0, 1)
+        """Count a batch of both, [..., K] float32."""
+        x, quantized = x.flatten(0, -2), quantized.flatten(0, -2)
         grid, sample = self.grid, x[:: max(1, len(x) // SNR_TOKENS)]
         on_grid = fake_quantize(sample, grid.group_size, grid.clip_ratio, grid.symmetric, grid.bits)
         self._signal += float(sample.square().sum())
@@ -50,23 +45,16 @@ class SiteMoments:
             aside = torch.arange(len(x)) % self._aside == 0
             self._kept_aside.append((x[aside], quantized[aside]))
             x, quantized = x[~aside], quantized[~aside]
-        self._add(x, quantized, 1.0)
-
-    def _add(self, x: Tensor, quantized: Tensor, weight: float) -> None:
         for start in range(0, len(self.hessian), COLUMNS_AT_ONCE):
             columns = quantized[:, start : start + COLUMNS_AT_ONCE]
             self.hessian[start : start + COLUMNS_AT_ONCE, start:].addmm_(
-                columns.T, quantized[:, start:], alpha=weight
+                columns.T, quantized[:, start:]
             )
         if self._cross is not None:
-            self._cross.addmm_((x - quantized).T, quantized, alpha=weight)
+            self._cross.addmm_((x - quantized).T, quantized)
 
     def finish(self) -> None:
         """All tokens were counted."""
-        x, quantized = map(torch.cat, zip(*self._first, strict=True))
-        of_first = float(quantized.square().sum())
-        of_others = float(self.hessian.diagonal().sum())
-        self._add(x, quantized, of_others / of_first if of_first > of_others > 0 else 1.0)
         self.hessian = self.hessian.triu() + self.hessian.triu(1).T
 
     @property

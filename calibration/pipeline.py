@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import vllm_offq
-from calibration.basis import residual_candidates, try_candidates
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
@@ -22,14 +21,14 @@ from calibration.progress import Progress, no_progress
 from calibration.quantize_block import SHOWN_SITE, Streams, quantize_block
 from calibration.record import Record
 from calibration.report import Report, write_report
-from calibration.report.collect import ActivationHistograms, spectrum
+from calibration.report.collect import ActivationHistograms
 from calibration.resume import SavedRun, unfinished
-from calibration.rotations import Rotations, compute_rotations
+from calibration.rotations import Rotations
 from calibration.settings import Settings
-from calibration.statistics import collect
+from calibration.survey import survey
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
-from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig, SiteConfig, pack_int8
+from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig, pack_int8
 from vllm_offq.manifest import expected_tensors
 
 BATCH_TOKENS = 2048
@@ -153,33 +152,16 @@ class _Run:
         kept = self.saved.load("rotations")
         if kept is not None:
             return Rotations.from_tensors(kept)
-        num_layers = self.original.num_layers
-        with self.progress("measuring activations", num_layers, unit="layer") as advance:
-            statistics = collect(self.original, tokens, batch_size, advance)
-        with self.progress("finding rotations", 1):
-            rotations = compute_rotations(statistics, self.config, self.settings)
-            grid = self.config.sites[SHOWN_SITE]
-            candidates: dict[str, Tensor] = {}
-            if grid.fused_rotation == "principal":
-                candidates = residual_candidates(statistics, grid.group_size)
-            found = spectrum(_smaller_square(statistics.top_tokens), "top-1")
-        if found is not None:
-            self.record.spectrum = found.model_dump()
-        if candidates:
-            rotations.residual = candidates[self.basis(grid, candidates, tokens)]
+        found = survey(self.original, tokens, batch_size, self.config, self.settings, self.progress)
+        rotations, candidates = found.rotations, found.basis_candidates
+        if found.spectrum is not None:
+            self.record.spectrum = found.spectrum.model_dump()
+        if candidates is not None:
+            self.record.basis_candidates = [candidate.model_dump() for candidate in candidates]
         self.saved.save("rotations", rotations.tensors())
         self.saved.state.record = asdict(self.record)
         self.saved.commit()
         return rotations
-
-    def basis(self, grid: SiteConfig, candidates: dict[str, Tensor], tokens: Tensor) -> str:
-        """Name of the one that the settings ask for, or that is the best."""
-        if self.settings.basis != "auto":
-            return self.settings.basis
-        with self.progress("choosing a basis", self.original.num_layers, unit="layer") as advance:
-            tried = try_candidates(self.original, grid, candidates, tokens, advance)
-        self.record.basis_candidates = [candidate.model_dump() for candidate in tried]
-        return next(candidate.name for candidate in tried if candidate.chosen)
 
     def streams(self, rotations: Rotations, tokens: Tensor, batch_size: int) -> Streams:
         """What reaches the first block that is not quantized yet; writes the embedding if new."""
@@ -297,11 +279,6 @@ def _batch_size(samples: int, sequence_length: int) -> int:
     """The largest divisor of the samples that keeps a batch within BATCH_TOKENS."""
     limit = max(1, BATCH_TOKENS // sequence_length)
     return max(size for size in range(1, min(limit, samples) + 1) if samples % size == 0)
-
-
-def _smaller_square(x: Tensor) -> Tensor:
-    """Of x x^T and x^T x, which have the same eigenvalues but for zeros. x: [t, n]."""
-    return x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
 
 
 def _hidden(layer: int) -> str:

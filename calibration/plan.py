@@ -70,7 +70,7 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
             bits=4,
             group_size=site_group,
             symmetric=recipe.symmetric,
-            clip_ratio=recipe.clip_ratio,
+            clip_ratio=settings.clip_ratio or recipe.clip_ratio,
             fused_rotation="permutation" if online and rotation == "principal" else rotation,
             online_hadamard=site_group if online and rotation != "none" else None,
         )

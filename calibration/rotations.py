@@ -5,10 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.settings import RECIPES, Settings
+from calibration.settings import RECIPES, HeadBasis, Settings
 from calibration.statistics import Statistics
 from vllm_offq.format import CheckpointConfig
-from vllm_offq.rotation import group_rotation, hadamard, principal_basis, sorted_grouping
+from vllm_offq.rotation import (
+    apply_block_hadamard,
+    group_rotation,
+    hadamard,
+    principal_basis,
+    sorted_grouping,
+)
 
 BLOCK_SIZES = ("residual_block_size", "down_block_size")
 
@@ -77,6 +83,7 @@ def compute_rotations(
             head_group_size=config.sites["attention_output"].group_size,
             down_group_size=config.sites["mlp_output"].group_size,
             online=online is not None,
+            head_basis=settings.head_basis,
         )
     if config.kv_cache is None:
         rotations.keys = None
@@ -89,6 +96,7 @@ def principal_rotations(
     head_group_size: int,
     down_group_size: int,
     online: bool = False,
+    head_basis: HeadBasis = "principal",
 ) -> Rotations:
     """OffQ: principal basis, sorted grouping, group Hadamard at every place but the residual.
 
@@ -96,8 +104,8 @@ def principal_rotations(
     directions, ranked by their energy, and the group Hadamard is done online.
     """
     rotations = Rotations(
-        keys=_head_rotations(statistics.keys, head_group_size),
-        values=_head_rotations(statistics.values, head_group_size),
+        keys=_head_rotations(statistics.keys, head_group_size, head_basis),
+        values=_head_rotations(statistics.values, head_group_size, head_basis),
         down_order=_grouped_order(statistics.down_energy, down_group_size),
         down_block_size=down_group_size,
     )
@@ -113,8 +121,14 @@ def _grouped_order(energy: Tensor, group_size: int) -> Tensor:
     return ranked[..., sorted_grouping(energy.shape[-1], group_size)]
 
 
-def _head_rotations(moments: Tensor, group_size: int) -> Tensor:
-    """Each head's principal direction becomes the constant of its (first) group."""
+def _head_rotations(moments: Tensor, group_size: int, head_basis: HeadBasis) -> Tensor:
+    """Each head's principal direction becomes the constant of its (first) group.
+
+    moments: [L, H_kv, D, D]. Returns: likewise. head_basis "hadamard": a Hadamard and no more.
+    """
+    if head_basis == "hadamard":
+        identity = torch.eye(moments.shape[-1], dtype=torch.float64)
+        return apply_block_hadamard(identity, group_size).expand(moments.shape)
     no_tokens = moments.new_zeros(0, moments.shape[-1])
     heads = [
         group_rotation(principal_basis(no_tokens, head), group_size)

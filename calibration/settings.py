@@ -13,6 +13,7 @@ Rounding = Literal["gptq", "rtn"]
 Basis = Literal["auto", "top-1", "all", "sink", "permutation"]
 KVBits = Literal["4", "16"]
 HeadBits = Literal["8", "16"]
+HeadBasis = Literal["principal", "hadamard"]
 GPTQInputs = Literal["original", "quantized", "corrected"]
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -50,6 +51,10 @@ class Settings:
     """Of weight scales; None: one per output channel."""
     basis: Basis = "auto"
     """Of the residual stream; auto: the best of all on calibration tokens."""
+    head_basis: HeadBasis = "principal"
+    """What keys and values of each head are rotated by."""
+    clip_ratio: float | None = None
+    """Of activations; None: the recipe's."""
     gptq_inputs: GPTQInputs = "original"
     """What errors are minimised on: the original's inputs; those that come through the layers
     quantized before; or these, with weights that make up for the difference (GPTAQ)."""
@@ -73,6 +78,8 @@ class Settings:
             raise UserError("--samples must be at least 1 and --sequence-length at least 2")
         if isinstance(self.calibration, str):  # or its letters would be the sources
             raise UserError(f"calibration is a tuple of sources; give ({self.calibration!r},)")
+        if self.clip_ratio is not None and not 0 < self.clip_ratio <= 1:
+            raise UserError("--clip-ratio must be above 0 and at most 1")
         if self.refinements < 0:
             raise UserError("--refinements must not be negative")
         shares(self.calibration, self.samples)  # refuses before a large model is read

@@ -4,14 +4,20 @@ The reference for what a server must answer, and the quick way to measure a reci
 grid and rotations as vllm_offq.kernels.reference, in the Hugging Face classes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from calibration.architectures import find_architecture
+from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import OffQLinear, attention_state, instrument, layers_of
+from calibration.loader import Original
+from calibration.rotations import Rotations
 from vllm_offq.checkpoint import Checkpoint
 from vllm_offq.format import (
     KEY_ROTATION,
@@ -21,6 +27,27 @@ from vllm_offq.format import (
     unpack_int8,
 )
 from vllm_offq.quantizer import dequantize
+
+
+@contextmanager
+def fused_model(original: Original, rotations: Rotations) -> Iterator[PreTrainedModel]:
+    """The whole original in memory, instrumented, gains and rotations folded in, grids off."""
+    model, architecture = original.model, original.architecture
+    instrument(model, architecture)
+    with torch.no_grad(), original.loaded(""):
+        embedding, final_norm = map(
+            model.get_submodule, (architecture.embedding, architecture.final_norm)
+        )
+        head: nn.Linear = model.get_submodule(architecture.head)  # type: ignore[assignment]
+        fuse_embedding(embedding, rotations)
+        for index, layer in enumerate(layers_of(model, architecture)):
+            fuse_block(layer, index, model.config, architecture, rotations)
+        if architecture.layout.head_is_embedding:
+            head.weight.copy_(embedding.weight)  # type: ignore[arg-type]
+            fuse_head(None, final_norm, architecture, rotations)
+        else:
+            fuse_head(head, final_norm, architecture, rotations)
+        yield model
 
 
 @torch.no_grad()

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calibration.architectures import Architecture
 from calibration.basis import residual_candidates
-from calibration.fuse import fuse_block, fuse_embedding, fuse_head
+from calibration.fuse import fuse_block
 from calibration.instrument import attention_state, instrument, layers_of
 from calibration.loader import load_original
 from calibration.rotations import Rotations, hadamard_rotations, principal_rotations
+from calibration.simulate import fused_model
 from calibration.statistics import Statistics, collect
 
 LLAMAS: dict[str, dict[str, Any]] = {
@@ -76,19 +77,7 @@ def statistics(folder: Path) -> Statistics:
 @contextmanager
 def rotated(folder: Path, rotations: Rotations) -> Iterator[PreTrainedModel]:
     """The whole model, instrumented, with gains and rotations folded in."""
-    original = load_original(str(folder))
-    model, architecture = original.model, original.architecture
-    instrument(model, architecture)
-    with torch.no_grad(), original.loaded(""):
-        fuse_embedding(model.get_submodule(architecture.embedding), rotations)
-        for index, layer in enumerate(layers_of(model, architecture)):
-            fuse_block(layer, index, model.config, architecture, rotations)
-        head, final_norm = map(model.get_submodule, (architecture.head, architecture.final_norm))
-        if architecture.layout.head_is_embedding:
-            head.weight.copy_(model.get_submodule(architecture.embedding).weight)
-            fuse_head(None, final_norm, architecture, rotations)
-        else:
-            fuse_head(head, final_norm, architecture, rotations)
+    with fused_model(load_original(str(folder)), rotations) as model:
         yield model
 
 

@@ -160,7 +160,7 @@ def test_other_settings_do_not_go_on(
     validate_checkpoint(out)
 
 
-def test_what_is_in_the_way_of_nobody_is_not_kept(
+def test_a_run_stopped_at_its_beginning_leaves_nothing(
     original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the activations are measured there is nothing to go on with."""
@@ -168,7 +168,7 @@ def test_what_is_in_the_way_of_nobody_is_not_kept(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "collect", fail)
+    monkeypatch.setattr(pipeline, "survey", fail)
     with pytest.raises(KeyboardInterrupt):
         quantize(str(original), tmp_path / "out", settings)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,62 @@
+"""One pass over the original, and the rotations that follow from it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.basis import residual_candidates, try_candidates
+from calibration.loader import Original
+from calibration.progress import Progress
+from calibration.report import BasisCandidate, Spectrum
+from calibration.report.collect import spectrum
+from calibration.rotations import Rotations, compute_rotations
+from calibration.settings import Settings
+from calibration.statistics import collect
+from vllm_offq.format import CheckpointConfig
+
+
+@dataclass
+class Survey:
+    """What was found."""
+
+    rotations: Rotations
+    spectrum: Spectrum | None
+    basis_candidates: list[BasisCandidate] | None
+    """None where there was nothing to choose."""
+
+
+@torch.no_grad()
+def survey(
+    original: Original,
+    tokens: Tensor,
+    batch_size: int,
+    config: CheckpointConfig,
+    settings: Settings,
+    progress: Progress,
+) -> Survey:
+    """Measure the activations of an instrumented original on tokens [S, T], and rotate by them.
+
+    Raises: UserError naming the layer where an activation is not finite.
+    """
+    with progress("measuring activations", original.num_layers, unit="layer") as advance:
+        statistics = collect(original, tokens, batch_size, advance)
+    with progress("finding rotations", 1):
+        rotations = compute_rotations(statistics, config, settings)
+        found = spectrum(_smaller_square(statistics.top_tokens), "top-1")
+    grid = config.sites["attention_input"]
+    if grid.fused_rotation != "principal":
+        return Survey(rotations, found, None)
+    candidates = residual_candidates(statistics, grid.group_size)
+    if settings.basis != "auto":
+        rotations.residual = candidates[settings.basis]
+        return Survey(rotations, found, None)
+    with progress("choosing a basis", original.num_layers, unit="layer") as advance:
+        tried = try_candidates(original, grid, candidates, tokens, advance)
+    rotations.residual = candidates[next(one.name for one in tried if one.chosen)]
+    return Survey(rotations, found, tried)
+
+
+def _smaller_square(x: Tensor) -> Tensor:
+    """Of x x^T and x^T x, which have the same eigenvalues but for zeros. x: [t, n]."""
+    return x @ x.T if x.shape[0] < x.shape[1] else x.T @ x

@@ -21,8 +21,21 @@ from rich.table import Table
 from triton.runtime.jit import JITFunction
 
 from benchmarks.cross_compile import MMA, TARGETS, Compilation, Target, count, cross_compile
+from vllm_offq.kernels.triton.expert_gemm import expert_gemm_constants, expert_gemm_kernel
+from vllm_offq.kernels.triton.expert_rows import (
+    BLOCK,
+    add_slots_kernel,
+    silu_and_mul_kernel,
+    sort_parameters_kernel,
+)
 from vllm_offq.kernels.triton.gemm import gemm_constants, gemm_kernel
-from vllm_offq.kernels.triton.gemm_config import CONFIGS, GemmConfig, block_k
+from vllm_offq.kernels.triton.gemm_config import (
+    CONFIGS,
+    MAX_EXPERT_TOKENS,
+    GemmConfig,
+    block_k,
+    expert_gemm_config,
+)
 from vllm_offq.kernels.triton.kv_store import kv_store_kernel
 from vllm_offq.kernels.triton.paged_attention import paged_attention_kernel
 from vllm_offq.kernels.triton.paged_attention_config import (
@@ -31,6 +44,12 @@ from vllm_offq.kernels.triton.paged_attention_config import (
     tiles_for,
 )
 from vllm_offq.kernels.triton.rotate_quantize import rotate_quantize_kernel, tile_shape
+from vllm_offq.kernels.triton.sort_slots import (
+    MAX_BLOCK,
+    TILES_OF_PROGRAM,
+    cut_tiles_kernel,
+    sort_slots_kernel,
+)
 from vllm_offq.kernels.triton.target import AMD, Gpu, nvidia
 
 INSTRUCTIONS = Path(__file__).parent / "results" / "gpu_instructions.json"
@@ -70,6 +89,8 @@ def gpu_of(target: Target) -> Gpu:
 def variants(target: Target) -> Iterator[Variant]:
     """All that serving a model in bfloat16 launches."""
     yield from _gemms(gpu_of(target))
+    yield from _expert_gemms(gpu_of(target))
+    yield from _expert_rows()
     yield from _quantizations()
     yield from _stores(gpu_of(target))
     yield from _attentions(gpu_of(target))
@@ -110,6 +131,47 @@ def _gemm(
         integers[1:],
         {"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
+
+
+def _expert_gemms(gpu: Gpu) -> Iterator[Variant]:
+    for tokens in 16, MAX_EXPERT_TOKENS:
+        config = expert_gemm_config(gpu.tensor_core, tokens, 1, 128, bits=4)
+        for top_k, scale_per_group in (8, False), (8, True), (0, False):
+            scales = ", weight scales" if scale_per_group else ""
+            name = f"expert_gemm, {tokens} tokens each{scales}{'' if top_k else ', down'}"
+            gemm = _gemm(name, gpu, config, 128, scale_per_group)
+            constants = expert_gemm_constants(gpu, config, 128, scale_per_group, top_k)
+            names = [x for x in expert_gemm_kernel.arg_names if x not in constants]
+            types = dict.fromkeys(names, "*i32") | gemm.signature | {"y_ptr": "*bf16"}
+            integers = ("num_slots", "num_tiles", "num_experts", "place_stride")
+            types |= dict.fromkeys(integers, "i32")
+            signature = {x: types[x] for x in names}
+            divisible = ("place_stride", "out_features", "half_channels")
+            yield gemm._replace(
+                kernel=expert_gemm_kernel,
+                signature=signature,
+                constants=constants,
+                divisible_by_16=divisible,
+            )
+
+
+def _expert_rows() -> Iterator[Variant]:
+    """Of 128 experts, 8 for each token."""
+    types = {"x_ptr": "*bf16", "y_ptr": "*bf16", "weights_ptr": "*fp32"}
+    types |= {f"{x}{y}_ptr": "*fp32" for x in ("", "sorted_") for y in ("scale", "offset")}
+    kernels: dict[JITFunction, dict[str, int]] = {
+        sort_parameters_kernel: {"TOP_K": 8, "BLOCK": BLOCK},
+        silu_and_mul_kernel: {"BLOCK": BLOCK},
+        add_slots_kernel: {"TOP_K": 8, "BLOCK": BLOCK},
+        sort_slots_kernel: {"BLOCK": MAX_BLOCK},
+        cut_tiles_kernel: {"BLOCK_M": 16, "EXPERTS": 128, "TILES": TILES_OF_PROGRAM},
+    }
+    for kernel, constants in kernels.items():
+        names = [name for name in kernel.arg_names if name not in constants]
+        signature = {x: types.get(x, "*i32" if x.endswith("_ptr") else "i32") for x in names}
+        divisible = tuple({"channels", "token_stride", "place_stride"} & signature.keys())
+        name = kernel.__name__.removesuffix("_kernel")
+        yield Variant(name, kernel, signature, constants, divisible, {"num_warps": 4})
 
 
 def _quantizations() -> Iterator[Variant]:

@@ -6,12 +6,13 @@ With TRITON_INTERPRET=1, Triton runs them on the CPU, slowly: how they are teste
 from triton import knobs
 
 from vllm_offq.kernels.reference import Features
+from vllm_offq.kernels.triton.experts import experts
 from vllm_offq.kernels.triton.kv_page import MAX_GROUPS
 from vllm_offq.kernels.triton.kv_store import kv_store
 from vllm_offq.kernels.triton.linear import linear, prepare_weight
 from vllm_offq.kernels.triton.paged_attention import paged_attention
 
-__all__ = ["FEATURES", "kv_store", "linear", "paged_attention", "prepare_weight"]
+__all__ = ["FEATURES", "experts", "kv_store", "linear", "paged_attention", "prepare_weight"]
 
 FEATURES = Features(kv_multiple=16, max_head_groups=MAX_GROUPS, cuda_graphs=True)
 """16: a tile of a product, and the bytes of an aligned load."""

@@ -11,6 +11,10 @@ MIN_BLOCK_K = 64
 MAX_BLOCK_K = 128
 """Keeps a product of 16-fold codes within the 23 bits of a float that gemm counts in."""
 MAX_BLOCK_M = 128
+MAX_EXPERT_TOKENS = 64
+"""That an expert's tile is chosen for: larger ones leave more rows unused at the end of each."""
+EXPERT_WARPS = 8
+"""Of tiles beyond the smallest: with fewer, a tile and where its weights are spill registers."""
 MAX_SPLIT_K = 8
 MIN_STEPS = 4
 """Of a split: with fewer, filling the pipeline is all that a program does."""
@@ -63,6 +67,22 @@ def block_k(group_size: int) -> int:
     return MAX_BLOCK_K if group_size > MIN_BLOCK_K else MIN_BLOCK_K
 
 
+def _tile(tensor_core: str, tokens: int, group_size: int, bits: int) -> GemmConfig:
+    table = CONFIGS[tensor_core]
+    most = min((n for n in table if n is not None and tokens <= n), default=None)
+    return replace(table[most], block_k=block_k(group_size), wide=table[most].wide or bits == 8)
+
+
+def expert_gemm_config(
+    tensor_core: str, slots: int, num_experts: int, group_size: int, bits: int
+) -> GemmConfig:
+    """The launch for these tokens of all experts: by what one has on average, and never split,
+    because experts are many programs."""
+    tokens = -(-slots // num_experts)
+    config = _tile(tensor_core, min(tokens, MAX_EXPERT_TOKENS), group_size, bits)
+    return config if config.block_m <= 16 else replace(config, num_warps=EXPERT_WARPS)
+
+
 def gemm_config(
     tensor_core: str,
     num_cores: int,
@@ -73,11 +93,8 @@ def gemm_config(
     bits: int,
 ) -> GemmConfig:
     """The launch for these tokens. num_cores: multiprocessors, which it should fill."""
-    table = CONFIGS[tensor_core]
-    most = min((n for n in table if n is not None and tokens <= n), default=None)
-    step = block_k(group_size)
-    config = replace(table[most], block_k=step, wide=table[most].wide or bits == 8)
+    config = _tile(tensor_core, tokens, group_size, bits)
     tiles = -(-tokens // config.block_m) * -(-out_features // config.block_n)
-    steps = num_groups * -(-group_size // step)
+    steps = num_groups * -(-group_size // config.block_k)
     split_k = min(2 * num_cores // tiles, steps // MIN_STEPS, MAX_SPLIT_K)
     return replace(config, split_k=max(1, split_k))

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from calibration.pipeline import quantize
 from calibration.progress import rich_progress
-from calibration.report import Report
+from calibration.report import HTML_FILE, Report
 from calibration.resume import unfinished
 from calibration.settings import Settings
 
@@ -27,6 +27,7 @@ def run(model: str, out: Path, settings: Settings, overwrite: bool, resume: bool
         raise
     console.print(summary(report))
     console.print(f"Wrote {out} - serve it: vllm serve {out}", highlight=False)
+    console.print(f"Pictures of what happened: {out / HTML_FILE}", highlight=False)
 
 
 def summary(report: Report) -> Table:
@@ -44,6 +45,10 @@ def summary(report: Report) -> Table:
             f"signal to noise, {site.replace('_', ' ')}",
             f"{fmean(values):.1f} dB mean, {values[worst]:.1f} dB worst (layer {worst})",
         )
+    for candidate in report.basis_candidates or []:
+        if candidate.chosen:
+            tried = len(report.basis_candidates or [])
+            table.add_row("basis", f"{candidate.name}, the best of {tried}")
     name, error = max(report.output_error.items(), key=lambda item: item[1])
     table.add_row(
         "output error from rounding weights",

@@ -12,6 +12,7 @@ from calibration.data_sources import BUILT_IN, SELF
 from calibration.eval_command import evaluate
 from calibration.inspect_command import inspect
 from calibration.settings import (
+    ActivationBits,
     Basis,
     DTypeName,
     GPTQInputs,
@@ -76,7 +77,8 @@ def quantize(
         HeadBasis, typer.Option(help="What keys and values of each head are rotated by.")
     ] = "principal",
     clip_ratio: Annotated[
-        float | None, typer.Option(help="Of activations' ranges; default: the recipe's.")
+        float | None,
+        typer.Option(help="Of activations' ranges; default: the recipe's, 1 for 8 bits."),
     ] = None,
     gptq_inputs: Annotated[
         GPTQInputs,
@@ -88,6 +90,9 @@ def quantize(
     refinements: Annotated[
         int, typer.Option(help="Rounds of fitting scales and codes to each other after GPTQ.")
     ] = 1,
+    activation_bits: Annotated[
+        ActivationBits, typer.Option(help="Of what the linears multiply the 4-bit weights with.")
+    ] = "4",
     kv_bits: Annotated[KVBits, typer.Option(help="16 keeps vLLM's own cache.")] = "4",
     head_bits: Annotated[
         HeadBits, typer.Option(help="Of the output head; 16 leaves it as it is.")
@@ -113,6 +118,7 @@ def quantize(
         clip_ratio=clip_ratio,
         gptq_inputs=gptq_inputs,
         refinements=refinements,
+        activation_bits=activation_bits,
         kv_bits=kv_bits,
         head_bits=head_bits,
         calibration=tuple(calibration),

@@ -11,14 +11,16 @@ from vllm_offq.format import CheckpointConfig
 def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
     """The card's text. name: of the original, a hub id where it came from the hub."""
     cached = config.kv_cache is not None
+    bits = config.sites["attention_input"].bits
     metadata = ModelCardData(
         base_model=name if "/" in name else None,
         base_model_relation="quantized",
         library_name="vllm",
         pipeline_tag="text-generation",
-        tags=["offq", "4-bit", "w4a4", "vllm"],
+        tags=["offq", "4-bit", f"w4a{bits}", "vllm"],
     )
-    parts = "4-bit weights and activations" + (", an 8-bit head" if config.head else "")
+    activations = "weights and activations" if bits == 4 else f"weights, {bits}-bit activations"
+    parts = f"4-bit {activations}" + (", an 8-bit head" if config.head else "")
     parts += " and a 4-bit KV cache" if cached else ""
     shown = asdict(settings) | {"calibration": ", ".join(settings.calibration)}
     rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
@@ -26,7 +28,7 @@ def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
 {metadata.to_yaml()}
 ---
 
-# {name}, OffQ {"W4A4KV4" if cached else "W4A4"}
+# {name}, OffQ W4A{bits}{"KV4" if cached else ""}
 
 {name} with {parts}, made by
 {config.produced_by}. Serve it where the plugin `vllm-offq` is installed beside vLLM:

@@ -1,6 +1,6 @@
 """From model, recipe and settings to the checkpoint's configuration: sizes that fit, or refusal."""
 
-from typing import Any
+from typing import Any, Literal
 
 import vllm_offq
 from calibration.architectures import Architecture
@@ -48,6 +48,10 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         group_size = pick_group_size(whole_groups, settings.group_size)
     head_group = _head_group_size(dim, group_size)
 
+    bits: Literal[4, 8] = 8 if settings.activation_bits == "8" else 4
+    # 256 levels resolve the whole range: clipping would be all that is left of the error.
+    clip_ratio = settings.clip_ratio or (recipe.clip_ratio if bits == 4 else 1.0)
+
     def site_config(site: Site) -> SiteConfig:
         width = widths[site.name]
         what = "/".join(_last(path) for path in site.modules)
@@ -67,10 +71,10 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
             hadamard_core(site_group)  # refuses an order that has none before the long work
         return SiteConfig(
             modules=[_last(path) for path in site.modules],
-            bits=4,
+            bits=bits,
             group_size=site_group,
             symmetric=recipe.symmetric,
-            clip_ratio=settings.clip_ratio or recipe.clip_ratio,
+            clip_ratio=clip_ratio,
             fused_rotation="permutation" if online and rotation == "principal" else rotation,
             online_hadamard=site_group if online and rotation != "none" else None,
         )

@@ -11,6 +11,7 @@ from vllm_offq.errors import UserError
 RecipeName = Literal["offq", "quarot", "rtn"]
 Rounding = Literal["gptq", "rtn"]
 Basis = Literal["auto", "top-1", "all", "sink", "permutation"]
+ActivationBits = Literal["4", "8"]
 KVBits = Literal["4", "16"]
 HeadBits = Literal["8", "16"]
 HeadBasis = Literal["principal", "hadamard"]
@@ -54,12 +55,13 @@ class Settings:
     head_basis: HeadBasis = "principal"
     """What keys and values of each head are rotated by."""
     clip_ratio: float | None = None
-    """Of activations; None: the recipe's."""
+    """Of activations; None: the recipe's, but 1 for 8 bits."""
     gptq_inputs: GPTQInputs = "original"
     """What errors are minimised on: the original's inputs; those that come through the layers
     quantized before; or these, with weights that make up for the difference (GPTAQ)."""
     refinements: int = 1
     """Rounds that fit scales to codes and codes to each other after GPTQ."""
+    activation_bits: ActivationBits = "4"
     kv_bits: KVBits = "4"
     head_bits: HeadBits = "8"
     """Of the output head's weights, and of its input where they are 8."""

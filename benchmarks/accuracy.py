@@ -121,7 +121,7 @@ def score(model: PreTrainedModel, workload: Workload, what: str) -> Scores:
 
 def set_mode(model: PreTrainedModel, config: CheckpointConfig, mode: str) -> None:
     """Turn the grids of an instrumented model on and off."""
-    architecture = find_architecture(model.config.architectures)
+    architecture = find_architecture(model.config.architectures).of(model.config)
     bits = {"W4A8KV4": 8, "W4": None, "KV4": None}.get(mode, 4)
     sites = {name: site.model_copy(update={"bits": bits}) for name, site in config.sites.items()}
     cache = config.kv_cache if "KV4" in mode else None

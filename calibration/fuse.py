@@ -68,8 +68,13 @@ def fuse_block(
     """
     for site in architecture.sites:
         linears = [_linear(layer, path) for path in site.modules]
+        router = [] if site.router is None else [layer.get_submodule(site.router)]
         if site.norm is not None:
-            _fold_gain(linears, layer.get_submodule(site.norm), architecture.gain_offset)
+            norm = layer.get_submodule(site.norm)
+            _fold_gain([*linears, *router], norm, architecture.gain_offset)
+        for module in router:
+            if rotations.residual is not None:
+                _rotate_rows(module.weight, rotations.residual)  # type: ignore[arg-type]
         for linear in linears:
             if site.reads_residual:
                 _fuse_input(linear, rotations)
@@ -80,7 +85,13 @@ def fuse_block(
             _order(layer.get_submodule(path).weight, rotations.residual_order)  # type: ignore[arg-type]
     if rotations.values is not None:
         _fuse_values(layer, model_config, architecture, rotations.values[index])
-    _fuse_down(layer, model_config, architecture, rotations, index)
+    if architecture.num_experts:
+        for number, (gate_up, down) in enumerate(architecture.mlps):
+            gate, up = (Part(_linear(layer, path).weight, None) for path in gate_up)
+            _fuse_down(gate, up, _linear(layer, down), rotations, (index, number))
+    else:
+        gate, up = (_part(layer, model_config, architecture, role) for role in ("gate", "up"))
+        _fuse_down(gate, up, _linear(layer, architecture.down), rotations, (index,))
     if rotations.keys is not None:
         attention_state(layer, architecture).key_rotation = rotations.keys[index]
 
@@ -99,12 +110,10 @@ def _set(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def _fold_gain(
-    linears: Sequence[nn.Linear | OffQLinear], norm: nn.Module, gain_offset: float
-) -> None:
+def _fold_gain(linears: Sequence[nn.Module], norm: nn.Module, gain_offset: float) -> None:
     weight: Tensor = norm.weight  # type: ignore[assignment]
     for linear in linears:
-        linear.weight.mul_(weight + gain_offset)
+        linear.weight.mul_(weight + gain_offset)  # type: ignore[operator]
     weight.fill_(1.0 - gain_offset)
 
 
@@ -165,16 +174,9 @@ def _fuse_values(
 
 
 def _fuse_down(
-    layer: nn.Module,
-    model_config: Any,
-    architecture: Architecture,
-    rotations: Rotations,
-    index: int,
+    gate: Part, up: Part, down: OffQLinear, rotations: Rotations, index: tuple[int, ...]
 ) -> None:
     """Order and signs of the gated activation's channels, and the inverse online Hadamard."""
-    gate = _part(layer, model_config, architecture, "gate")
-    up = _part(layer, model_config, architecture, "up")
-    down = _linear(layer, architecture.down)
     if rotations.down_order is not None:
         order = rotations.down_order[index]
         for part in (gate, up):

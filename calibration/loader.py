@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from calibration.architectures import Architecture, find_architecture
+from calibration.experts import separate_experts
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
 from vllm_offq.errors import UserError
 
@@ -90,7 +91,7 @@ class Original:
         head = f"{self.architecture.head}.weight"
         if name == head and head not in self.weights:
             return f"{self.architecture.embedding}.weight"
-        return name
+        return self.architecture.stored(name)
 
 
 def load_original(source: str) -> Original:
@@ -112,13 +113,15 @@ def load_original(source: str) -> Original:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
         weights: Weights
+        if gguf and architecture.num_experts:
+            raise UserError(f"{source} is a mixture of experts in GGUF; give its original folder")
         if gguf:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
             config = model.config
             weights = LoadedWeights(model.state_dict())
         else:
             weights = ShardedWeights(Path(folder))
-        skeleton = _skeleton(config)
+        skeleton = _skeleton(config, architecture)
     except UserError:
         raise
     except Exception as error:
@@ -137,10 +140,11 @@ def load_original(source: str) -> Original:
     )
 
 
-def _skeleton(config: Any) -> PreTrainedModel:
+def _skeleton(config: Any, architecture: Architecture) -> PreTrainedModel:
     # Buffers are real: tables of rotary embeddings are in no checkpoint.
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        separate_experts(model, architecture)
     return model.eval().requires_grad_(False)
 
 
@@ -175,7 +179,7 @@ def _architecture(config: Any) -> Architecture:
     names = config.architectures
     if not names:  # a GGUF names its model type only
         names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
-    return find_architecture(names)
+    return find_architecture(names).of(config)
 
 
 def _first(error: Exception) -> str:

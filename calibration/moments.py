@@ -1,7 +1,5 @@
 """What rounding the weights of a site needs to know of its input."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -32,15 +30,16 @@ class SiteMoments:
         self._cross = torch.zeros(width, width) if corrects else None
         self._aside = max(LEAST_ASIDE, num_tokens // MOST_ASIDE)
         self._kept_aside: list[tuple[Tensor, Tensor]] = []
-        self._signal = self._noise = 0.0
+        self.signal = self.noise = 0.0
+        """Energy of X, and of what the grid makes of it less X, on a sample."""
 
     def add(self, x: Tensor, quantized: Tensor) -> None:
         """Count a batch of both, [..., K] float32."""
         x, quantized = x.flatten(0, -2), quantized.flatten(0, -2)
         grid, sample = self.grid, x[:: max(1, len(x) // SNR_TOKENS)]
         on_grid = fake_quantize(sample, grid.group_size, grid.clip_ratio, grid.symmetric, grid.bits)
-        self._signal += float(sample.square().sum())
-        self._noise += float((on_grid - sample).square().sum())
+        self.signal += float(sample.square().sum())
+        self.noise += float((on_grid - sample).square().sum())
         if self._cross is not None:
             aside = torch.arange(len(x)) % self._aside == 0
             self._kept_aside.append((x[aside], quantized[aside]))
@@ -64,8 +63,3 @@ class SiteMoments:
             return None
         inputs, quantized_inputs = map(torch.cat, zip(*self._kept_aside, strict=True))
         return Correction(self._cross, inputs, quantized_inputs)
-
-    @property
-    def decibel(self) -> float:
-        """Signal-to-noise ratio of the original's input on the grid."""
-        return 10 * math.log10(max(self._signal, 1e-30) / max(self._noise, 1e-30))

@@ -31,15 +31,20 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
     """
     recipe = RECIPES[settings.recipe]
     _refuse_variants(model_config, architecture)
+    if architecture.num_experts and settings.gptq_inputs != "original":
+        raise UserError(
+            f"--gptq-inputs {settings.gptq_inputs} is not supported for mixtures of experts, whose "
+            "inputs would be calculated once for every expert; leave it out"
+        )
     dim = head_size(model_config)
     widths = {
         "attention_input": model_config.hidden_size,
         "attention_output": model_config.num_attention_heads * dim,
         "mlp_input": model_config.hidden_size,
-        "mlp_output": model_config.intermediate_size,
+        "mlp_output": architecture.intermediate_size(model_config),
     }
     whole_groups = {
-        "/".join(_last(path) for path in site.modules): widths[site.name]
+        "/".join(_names(site)): widths[site.name]
         for site in architecture.sites
         if site.name != "attention_output"
     }
@@ -54,7 +59,7 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
 
     def site_config(site: Site) -> SiteConfig:
         width = widths[site.name]
-        what = "/".join(_last(path) for path in site.modules)
+        what = "/".join(_names(site))
         site_group = width
         if recipe.grouped:
             site_group = head_group if site.name == "attention_output" else group_size
@@ -70,7 +75,7 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         if online and rotation == "hadamard":
             hadamard_core(site_group)  # refuses an order that has none before the long work
         return SiteConfig(
-            modules=[_last(path) for path in site.modules],
+            modules=_names(site),
             bits=bits,
             group_size=site_group,
             symmetric=recipe.symmetric,
@@ -100,7 +105,8 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         sites=sites,
         head=head,
         kv_cache=kv_cache,
-        ignore=[] if head else [architecture.head],
+        ignore=[_last(site.router) for site in architecture.sites if site.router]
+        + ([] if head else [architecture.head]),
     )
 
 
@@ -115,6 +121,11 @@ def _refuse_variants(model_config: Any, architecture: Architecture) -> None:
         refusal = "attention that is not causal"
     if refusal:
         raise UserError(f"{architecture.name} with {refusal} is not supported")
+
+
+def _names(site: Site) -> list[str]:
+    """Last name components of its linears; those of all experts are the same."""
+    return [_last(path) for path in site.groups[0]]
 
 
 def _last(path: str) -> str:

@@ -1,5 +1,6 @@
 """One decoder block from a float one to 4-bit codes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.architectures import Architecture, Site
+from calibration.architectures import Architecture
 from calibration.architectures.base import SiteName
+from calibration.experts import experts_of
 from calibration.gptq import gptq, output_error, round_to_nearest
 from calibration.instrument import BlockInputs, OffQLinear, attention_state, set_grids
 from calibration.moments import SiteMoments
@@ -80,31 +82,35 @@ def quantize_block(
     """
     prefix = f"{architecture.layers}.{index}"
     written = set()
+    signal, noise = (dict.fromkeys((s.name for s in architecture.sites), 0.0) for _ in range(2))
     collected = {
-        site.name: SiteMoments(
-            _linear(layer, site.modules[0]).weight.shape[1],
+        group: SiteMoments(
+            _linear(layer, group[0]).weight.shape[1],
             config.sites[site.name],
             sum(batch.shape[:-1].numel() for batch in streams.original.hidden),
             corrects=settings.gptq_inputs == "corrected",
         )
         for site in architecture.sites
+        for group in site.groups
     }
     if streams.quantized is None:
         _collect_all(layer, index, architecture, streams.original, collected, show)
-    for site in architecture.sites:
-        what = f"layer {index}, {'/'.join(site.modules)}"
-        moments = collected[site.name]
+    places = [(site, group) for site in architecture.sites for group in site.groups]
+    for site, group in places:
+        what = f"layer {index}, {'/'.join(group)}"
+        moments = collected.pop(group)
         if streams.quantized is not None:
             shown = show if site.name == SHOWN_SITE else None
-            _collect(layer, index, architecture, site, streams, config, moments, shown)
+            _collect(layer, index, architecture, group, streams, config, moments, shown)
         moments.finish()
         if not moments.hessian.isfinite().all():
             raise UserError(
                 f"{what}: the input is not finite on the calibration text; check the model's "
                 "weights"
             )
-        record.signal_to_noise.setdefault(site.name, []).append(moments.decibel)
-        linears = {path: _linear(layer, path) for path in site.modules}
+        noise[site.name] += moments.noise
+        signal[site.name] += moments.signal
+        linears = {path: _linear(layer, path) for path in group}
         # Rows are rounded independently, so linears that share an input go as one matrix.
         stacked = torch.cat([linear.weight for linear in linears.values()])
         rows = [len(linear.weight) for linear in linears.values()]
@@ -114,7 +120,7 @@ def quantize_block(
             raise UserError(f"{what}: {error}") from None
         parts = zip(linears.items(), codes.split(rows), scales.split(rows), strict=True)
         for (path, linear), code, scale in parts:
-            name = f"{prefix}.{path}"
+            name = architecture.stored(f"{prefix}.{path}")
             writer.add(f"{name}.{WEIGHT_PACKED}", pack_int4(code))
             writer.add(f"{name}.{WEIGHT_SCALE}", scale)
             linear.rounded = dequantize(code, scale)
@@ -132,7 +138,13 @@ def quantize_block(
         writer.add(f"{prefix}.{architecture.attention}.attn.{KEY_ROTATION}", rotation.half())
     for path, parameter in layer.named_parameters():
         if path not in written:
-            writer.add(f"{prefix}.{path}", parameter.to(dtype))
+            writer.add(architecture.stored(f"{prefix}.{path}"), parameter.to(dtype))
+    for name in signal:
+        ratio = max(signal[name], 1e-30) / max(noise[name], 1e-30)
+        record.signal_to_noise.setdefault(name, []).append(10 * math.log10(ratio))
+    experts = experts_of(layer, architecture)
+    if experts is not None:
+        record.expert_counts = (record.expert_counts or {}) | {prefix: experts.counts}
 
 
 def _linear(layer: nn.Module, path: str) -> OffQLinear:
@@ -144,35 +156,42 @@ def _collect_all(
     index: int,
     architecture: Architecture,
     original: BlockInputs,
-    collected: dict[SiteName, SiteMoments],
+    collected: dict[tuple[str, ...], SiteMoments],
     show: Callable[[Tensor], None] | None,
 ) -> None:
     """Of all sites of the original in one pass, which also takes its stream through the block."""
 
-    def observe(name: SiteName, x: Tensor) -> None:
-        collected[name].add(x, x)
+    def observe(name: SiteName, group: tuple[str, ...], x: Tensor) -> None:
+        collected[group].add(x, x)
         if show is not None and name == SHOWN_SITE:
             show(x)
 
+    experts = experts_of(layer, architecture)
+    if experts is not None:
+        experts.counts, experts.calibrates = [0] * len(experts.counts), True
     for site in architecture.sites:
-        _linear(layer, site.modules[0]).observe = partial(observe, site.name)
+        for group in site.groups:
+            _linear(layer, group[0]).observe = partial(observe, site.name, group)
     original.advance(index, layer)
     for site in architecture.sites:
-        _linear(layer, site.modules[0]).observe = None
+        for group in site.groups:
+            _linear(layer, group[0]).observe = None
+    if experts is not None:
+        experts.calibrates = False
 
 
 def _collect(
     layer: nn.Module,
     index: int,
     architecture: Architecture,
-    site: Site,
+    group: tuple[str, ...],
     streams: Streams,
     config: CheckpointConfig,
     moments: SiteMoments,
     show: Callable[[Tensor], None] | None,
 ) -> None:
-    """Of one site, when all sites before it are quantized already."""
-    linear = _linear(layer, site.modules[0])
+    """Of linears that share their input, when all sites before it are quantized already."""
+    linear = _linear(layer, group[0])
     assert streams.quantized is not None
     for number in range(len(streams.original.hidden)):
         set_grids(layer, architecture, None)

@@ -30,6 +30,7 @@ class Record:
     spectrum: dict[str, Any] | None = None
     histograms: dict[str, Any] | None = None
     basis_candidates: list[dict[str, Any]] | None = None
+    expert_counts: dict[str, list[int]] | None = None
 
     def timed(self, progress: Progress) -> Progress:
         """The same progress, whose stages add to seconds_by_stage."""
@@ -74,6 +75,7 @@ class Record:
             sizes=sizes,  # type: ignore[arg-type]
             signal_to_noise=self.signal_to_noise,
             output_error=self.output_error,
+            expert_counts=self.expert_counts,
             spectrum=None if self.spectrum is None else Spectrum(**self.spectrum),
             histograms=None
             if self.histograms is None

@@ -34,9 +34,10 @@ class Rotations:
     values: Tensor | None = None
     """[L, H_kv, D, D], fused into v and o."""
     down_order: Tensor | None = None
-    """[L, intermediate] int64: which channel goes to each place before down_proj, fused."""
+    """[L, intermediate], or [L, E, intermediate] with experts, int64: which channel goes to each
+    place before down_proj, fused."""
     down_signs: Tensor | None = None
-    """[L, intermediate], +1 or -1, fused."""
+    """As down_order, +1 or -1, fused."""
     down_block_size: int | None = None
     """Block of the Hadamard before down_proj, online."""
 
@@ -148,13 +149,13 @@ def hadamard_rotations(statistics: Statistics, seed: int, online: bool = False) 
         return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
 
     layers, num_heads, head_size, _ = statistics.keys.shape
-    hidden_size, intermediate_size = statistics.residual.shape[0], statistics.down_energy.shape[1]
+    hidden_size = statistics.residual.shape[0]
     head = hadamard(head_size)
     return Rotations(
         residual=None if online else signs(hidden_size)[:, None] * hadamard(hidden_size),
         residual_block_size=hidden_size if online else None,
         keys=signs(layers, num_heads, head_size)[..., None] * head,
         values=signs(layers, num_heads, head_size)[..., None] * head,
-        down_signs=signs(layers, intermediate_size),
-        down_block_size=intermediate_size,
+        down_signs=signs(*statistics.down_energy.shape),
+        down_block_size=statistics.down_energy.shape[-1],
     )

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from calibration.architectures import find_architecture
+from calibration.experts import separate_experts
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import OffQLinear, attention_state, instrument, layers_of
 from calibration.loader import Original
@@ -59,8 +60,9 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
     checkpoint = Checkpoint(Path(path))
     hf_config = AutoConfig.from_pretrained(path)
     hf_config.quantization_config = None
-    architecture = find_architecture(hf_config.architectures)
+    architecture = find_architecture(hf_config.architectures).of(hf_config)
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
+    separate_experts(model, architecture)
     model.requires_grad_(False)
     instrument(model, architecture)
     loaded = {}
@@ -70,9 +72,9 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
             unpack = unpack_int8 if module == architecture.head else unpack_int4
             codes = unpack(checkpoint.load(name))
             weight = dequantize(codes, checkpoint.load(f"{module}.{WEIGHT_SCALE}"))
-            loaded[f"{module}.weight"] = weight
+            loaded[f"{architecture.in_memory(module)}.weight"] = weight
         elif kind not in (WEIGHT_SCALE, KEY_ROTATION):
-            loaded[name] = checkpoint.load(name).float()
+            loaded[architecture.in_memory(name)] = checkpoint.load(name).float()
     if architecture.layout.head_is_embedding:
         loaded[f"{architecture.head}.weight"] = loaded[f"{architecture.embedding}.weight"]
     model.load_state_dict(loaded)

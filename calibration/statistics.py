@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration.architectures.base import head_size
-from calibration.instrument import OffQLinear, attention_state, block_inputs
+from calibration.experts import experts_of
+from calibration.instrument import attention_state, block_inputs
 from calibration.loader import Original
 from vllm_offq.errors import UserError
 
@@ -29,7 +30,8 @@ class Statistics:
     values: Tensor
     """[L, H_kv, D, D] float64."""
     down_energy: Tensor
-    """[L, intermediate] float64: mean square of each channel at down_proj's input."""
+    """[L, intermediate], or [L, E, intermediate] with experts, float64: sum of squares of each
+    channel at down_proj's input."""
 
 
 @torch.no_grad()
@@ -50,22 +52,23 @@ def collect(
         first=torch.zeros(hidden_size, hidden_size, dtype=torch.float64),
         keys=torch.zeros(heads, dtype=torch.float64),
         values=torch.zeros(heads, dtype=torch.float64),
-        down_energy=torch.zeros(num_layers, config.intermediate_size, dtype=torch.float64),
+        down_energy=torch.zeros(num_layers, *_down_shape(original), dtype=torch.float64),
     )
     top_tokens: list[Tensor] = []
     with original.loaded(architecture.embedding, architecture.final_norm):
         inputs = block_inputs(model, architecture, tokens, batch_size)
     for index in range(num_layers):
 
-        def observe_down(index: int, x: Tensor) -> None:
-            statistics.down_energy[index] += x.double().square().sum((0, 1))
+        def observe_down(place: tuple[int, ...], _: nn.Module, inputs: tuple[Tensor]) -> None:
+            statistics.down_energy[place] += inputs[0].double().square().flatten(0, -2).sum(0)
 
         def observe_attention(index: int, key: Tensor, value: Tensor) -> None:
             for moment, heads in ((statistics.keys, key), (statistics.values, value)):
                 x = heads.transpose(0, 1).flatten(1, 2)
                 moment[index] += (x.transpose(1, 2) @ x).double()
 
-        def observe_residual(gain: Tensor | None, x: Tensor) -> None:
+        def observe_residual(gain: Tensor | None, _: nn.Module, inputs: tuple[Tensor]) -> None:
+            x = inputs[0]
             # Where there is no norm, later layers would outweigh the first ones.
             normed = x * x.square().mean(-1, keepdim=True).rsqrt() if gain is None else x / gain
             strongest = normed.abs().amax(-1).argmax(-1)
@@ -75,25 +78,31 @@ def collect(
             statistics.residual.add_((others.T @ others).double())
 
         with original.block(index) as layer:
-            observed: list[OffQLinear] = []
+            experts = experts_of(layer, architecture)
+            if experts is not None:
+                experts.calibrates = True
+            hooks = []
             for site in architecture.sites:
-                linear: OffQLinear = layer.get_submodule(site.modules[0])  # type: ignore[assignment]
                 if site.reads_residual:
                     gain = None
                     if site.norm is not None:
                         weight: Tensor = layer.get_submodule(site.norm).weight  # type: ignore[assignment]
                         gain = invertible(weight + architecture.gain_offset)
-                    linear.observe = partial(observe_residual, gain)
-                    observed.append(linear)
+                    reader = layer.get_submodule(site.reader)
+                    hooks.append(reader.register_forward_pre_hook(partial(observe_residual, gain)))
                 elif site.name == "mlp_output":
-                    linear.observe = partial(observe_down, index)
-                    observed.append(linear)
+                    for number, (path,) in enumerate(site.groups):
+                        place = (index, number) if architecture.num_experts else (index,)
+                        down = layer.get_submodule(path)
+                        hooks.append(down.register_forward_pre_hook(partial(observe_down, place)))
             state = attention_state(layer, architecture)
             state.observe = partial(observe_attention, index)
             inputs.advance(index, layer)
             state.observe = None
-            for linear in observed:
-                linear.observe = None
+            if experts is not None:
+                experts.calibrates = False
+            for hook in hooks:
+                hook.remove()
         if not all(batch.isfinite().all() for batch in inputs.hidden):
             raise UserError(
                 f"layer {index} gives NaN or infinite activations on the calibration text; "
@@ -102,6 +111,13 @@ def collect(
         advance()
     statistics.top_tokens = torch.cat(top_tokens)
     return statistics
+
+
+def _down_shape(original: Original) -> tuple[int, ...]:
+    """Experts, if there are some, and the width of an MLP."""
+    architecture, config = original.architecture, original.model.config
+    width = architecture.intermediate_size(config)
+    return (architecture.num_experts, width) if architecture.num_experts else (width,)
 
 
 def invertible(gain: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def fused() -> dict[str, Any]:
 
 def test_every_class_holds_embedding_norms_and_linears() -> None:
     for name, layout in LAYOUTS.items():
-        if name == "Phi3ForCausalLM":
+        if name == "Phi3ForCausalLM" or layout.experts is not None:
             continue
         raw = quantization_config(**({"head": None} if layout.head_is_embedding else {}))
         tensors = expected(name, raw)

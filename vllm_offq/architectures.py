@@ -173,13 +173,6 @@ LAYOUTS = {
         ),
         Layout("Gemma3ForCausalLM", norms=SANDWICH_NORMS | HEAD_NORMS, has_bias=_attention_bias),
         Layout("Olmo2ForCausalLM", norms=POST_NORMS | WIDE_NORMS, has_bias=_attention_bias),
-    )
-}
-
-
-EXPERT_LAYOUTS = {
-    layout.name: layout
-    for layout in (
         Layout(
             "MixtralForCausalLM",
             experts=Experts(
@@ -201,20 +194,17 @@ EXPERT_LAYOUTS = {
         ),
     )
 }
-"""Served; calibration does not make them yet."""
-
 
 def find_layout(model_config: Mapping[str, Any]) -> Layout:
     """The layout for a config.json. Raises: UserError listing the supported classes."""
     names = model_config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    layouts = LAYOUTS | EXPERT_LAYOUTS
-    if name not in layouts:
+    if name not in LAYOUTS:
         raise UserError(
             f"config.json: architecture {name} is not supported; supported are "
-            f"{', '.join(sorted(layouts))}"
+            f"{', '.join(sorted(LAYOUTS))}"
         )
-    return layouts[name]
+    return LAYOUTS[name]
 
 
 def _size(model_config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -3,14 +3,15 @@
 from calibration.architectures.base import Architecture, Site
 from calibration.architectures.gemma import GEMMA2, GEMMA3
 from calibration.architectures.llama import LLAMA, MISTRAL
+from calibration.architectures.mixtures import MIXTRAL, QWEN3_MOE
 from calibration.architectures.olmo2 import OLMO2
 from calibration.architectures.phi3 import PHI3
 from calibration.architectures.qwen import QWEN2, QWEN3
 from vllm_offq.errors import UserError
 
+_TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, MIXTRAL, QWEN3_MOE)
 ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture
-    for architecture in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2)
+    architecture.name: architecture for architecture in _TABLES
 }
 
 

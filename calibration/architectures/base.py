@@ -1,7 +1,7 @@
 """The shape of an architecture table."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vllm_offq.architectures import Layout
@@ -12,15 +12,28 @@ Role = Literal["query", "key", "value", "gate", "up"]
 
 @dataclass(frozen=True)
 class Site:
-    """Linears of a block that share an input."""
+    """A place in a block where activations are quantized."""
 
     name: SiteName
-    modules: tuple[str, ...]
-    """Paths below the block."""
+    groups: tuple[tuple[str, ...], ...]
+    """Paths below the block of linears that get the very same tokens; one group, but for
+    experts."""
     reads_residual: bool
     """Whether the input is the residual stream; otherwise the output is added to it."""
     norm: str | None = None
     """Path of the RMSNorm whose gain is folded into them; None where the input has no norm."""
+    router: str | None = None
+    """Path of what reads the same input and is not quantized."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of all linears."""
+        return tuple(path for group in self.groups for path in group)
+
+    @property
+    def reader(self) -> str:
+        """Path of a module that gets all tokens of the input as its first argument."""
+        return self.groups[0][0] if self.router is None else self.router.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,38 @@ class Architecture:
     by one, so no rotation can be fused through them, but a permutation can."""
     gain_offset: float = 0.0
     """Norms multiply by their weight plus this."""
+    num_experts: int = 0
+    """Of this model, see `of`."""
     refusal: Callable[[Any], str | None] = lambda config: None
     """What of a config the class has but OffQ or vLLM does not do, as the end of a sentence."""
+
+    def of(self, config: Any) -> "Architecture":
+        """The table for one model of this class. config: the Hugging Face config."""
+        experts = self.layout.experts
+        if experts is None:
+            return self
+        count = next(getattr(config, key) for key in experts.count if hasattr(config, key))
+        return replace(self, num_experts=count)
+
+    def intermediate_size(self, config: Any) -> int:
+        """Width of an MLP, or of an expert. config: the Hugging Face config."""
+        experts = self.layout.experts
+        return getattr(config, "intermediate_size" if experts is None else experts.intermediate)
+
+    @property
+    def experts(self) -> str:
+        """Path of the experts below a block, as transformers has it in memory."""
+        return "mlp.experts"
+
+    def stored(self, name: str) -> str:
+        """A parameter's name on disk, by its name in memory."""
+        experts = self.layout.experts
+        return name if experts is None else name.replace(".mlp.", f".{experts.path}.", 1)
+
+    def in_memory(self, name: str) -> str:
+        """Inverse of stored."""
+        experts = self.layout.experts
+        return name if experts is None else name.replace(f".{experts.path}.", ".mlp.", 1)
 
     @property
     def name(self) -> str:
@@ -82,13 +125,23 @@ class Architecture:
     def sites(self) -> tuple[Site, ...]:
         """The four places of a block where activations are quantized."""
         inputs = tuple(dict.fromkeys((self.query, self.key, self.value)))
-        gate_up = tuple(dict.fromkeys((self.gate, self.up)))
+        router = "mlp.gate" if self.num_experts else None
         return (
-            Site("attention_input", inputs, True, self.attention_norm),
-            Site("attention_output", (self.output,), False),
-            Site("mlp_input", gate_up, True, self.mlp_norm),
-            Site("mlp_output", (self.down,), False),
+            Site("attention_input", (inputs,), True, self.attention_norm),
+            Site("attention_output", ((self.output,),), False),
+            Site("mlp_input", tuple(g for g, _ in self.mlps), True, self.mlp_norm, router),
+            Site("mlp_output", tuple((down,) for _, down in self.mlps), False),
         )
+
+    @property
+    def mlps(self) -> tuple[tuple[tuple[str, ...], str], ...]:
+        """Gate and up, and down, of the MLP or of every expert."""
+        experts = self.layout.experts
+        if experts is None:
+            return ((tuple(dict.fromkeys((self.gate, self.up))), self.down),)
+        gate, up, down = experts.linears
+        paths = [f"{self.experts}.{number}." for number in range(self.num_experts)]
+        return tuple(((path + gate, path + up), path + down) for path in paths)
 
     def rows(self, role: Role, config: Any) -> slice:
         """Which rows of its linear a role has. config: the Hugging Face config."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_experts import MODELS, make_tiny_experts
 from tiny_models import FAMILIES, WINDOW, make_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,6 +28,7 @@ from calibration.simulate import load_simulated
 
 pytestmark = pytest.mark.slow
 
+SERVED = [*FAMILIES, *MODELS]
 EXACT = 1e-4
 SHORT = [[(31 * i + 13 * j) % 400 + 2 for j in range(10)] for i in range(24)]
 LONG = [(7 + 13 * j) % 400 + 2 for j in range(110)]
@@ -37,8 +39,12 @@ SCRIPT = Path(__file__).with_name("serve_in_turn.py")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FAMILY/model and FAMILY/offq."""
     path = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
-        source = make_tiny(path / family / "model", family)
+    for family in SERVED:
+        source = path / family / "model"
+        if family in MODELS:
+            make_tiny_experts(source, family)
+        else:
+            make_tiny(source, family)
         settings = Settings(samples=4, sequence_length=64, dtype="float32")
         quantize(str(source), path / family / "offq", settings)
     return path
@@ -48,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path) -> dict[str, Any]:
     prompts, answers = folder / "prompts.json", folder / "answers.json"
     prompts.write_text(json.dumps([*SHORT, LONG]))
-    checkpoints = [folder / family / "offq" for family in FAMILIES]
+    checkpoints = [folder / family / "offq" for family in SERVED]
     subprocess.run(
         [sys.executable, SCRIPT, prompts, answers, *checkpoints],
         check=True,
@@ -65,7 +71,7 @@ def logprobs(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     return model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_answers_are_those_of_transformers(
     family: str, folder: Path, served: dict[str, Any]
 ) -> None:

@@ -195,6 +195,7 @@ LAYOUTS = {
     )
 }
 
+
 def find_layout(model_config: Mapping[str, Any]) -> Layout:
     """The layout for a config.json. Raises: UserError listing the supported classes."""
     names = model_config.get("architectures")

@@ -21,7 +21,10 @@ class Weights(Protocol):
     def __contains__(self, name: object) -> bool: ...
 
     def load(self, name: str) -> Tensor:
-        """One tensor in its own dtype. Raises: UserError if it is missing or unreadable."""
+        """A copy of one tensor in its own dtype, the caller's to change.
+
+        Raises: UserError if it is missing or unreadable.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -41,7 +44,7 @@ class LoadedWeights:
     def load(self, name: str) -> Tensor:
         if name not in self._tensors:
             raise _missing(name, "the model")
-        return self._tensors[name]
+        return self._tensors[name].clone()
 
     def fingerprint(self) -> str:
         """Sum of all tensors: they are in memory anyway."""

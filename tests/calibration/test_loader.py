@@ -1,0 +1,53 @@
+"""The original stays what it is, wherever its tensors come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_tiny_llama
+
+from calibration.loader import Original, load_original
+from calibration.weights import LoadedWeights
+
+
+@pytest.fixture(params=["shards", "memory"])
+def original(request: pytest.FixtureRequest, tmp_path: Path) -> Original:
+    folder = make_tiny_llama(tmp_path / "model")
+    original = load_original(str(folder))
+    if request.param == "memory":  # as a GGUF file is
+        original.weights = LoadedWeights(load_file(folder / "model.safetensors"))
+    return original
+
+
+def test_what_is_changed_in_a_block_is_gone_after_it(original: Original, tmp_path: Path) -> None:
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    for change in (True, False):
+        with original.block(1) as layer:
+            for name, parameter in layer.named_parameters():
+                assert parameter.equal(stored[f"model.layers.1.{name}"]), name
+                if change:
+                    parameter.zero_()
+    assert all(parameter.is_meta for parameter in original.model.parameters())
+
+
+def test_a_tied_head_is_a_copy_of_the_embedding(original: Original) -> None:
+    architecture = original.architecture
+    with original.loaded(architecture.embedding, architecture.head) as (embedding, head):
+        assert head.weight.equal(embedding.weight)
+        embedding.weight.zero_()
+        assert not head.weight.eq(0).all()
+    with original.loaded(architecture.head) as (head,):
+        assert not head.weight.eq(0).all()
+
+
+def test_bytes_are_those_on_disk(original: Original, tmp_path: Path) -> None:
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert original.num_bytes == sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
+    one, other = (
+        LoadedWeights({"weight": torch.full((4,), value)}).fingerprint() for value in (1.0, 2.0)
+    )
+    assert one != other

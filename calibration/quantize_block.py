@@ -123,7 +123,8 @@ def quantize_block(
             name = architecture.stored(f"{prefix}.{path}")
             writer.add(f"{name}.{WEIGHT_PACKED}", pack_int4(code))
             writer.add(f"{name}.{WEIGHT_SCALE}", scale)
-            linear.rounded = dequantize(code, scale)
+            if streams.quantized is not None:
+                linear.rounded = dequantize(code, scale)
             record.output_error[name] = output_error(linear.weight, code, scale, moments.hessian)
             written.add(f"{path}.weight")
     if streams.quantized is not None:

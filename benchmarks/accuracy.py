@@ -41,16 +41,16 @@ from vllm_offq.checkpoint import Checkpoint
 from vllm_offq.format import CheckpointConfig
 from vllm_offq.metrics import Estimate
 
-PAPER = Settings(basis="top-1", head_basis="hadamard", clip_ratio=1.0, refinements=0)
+PAPER = Settings(basis="top-1", head_basis="hadamard", clip_ratio=1.0, refits=0)
 """OffQ as arXiv 2606.07116 has it: what each addition is added to."""
 RECIPES: dict[str, Settings] = {
-    "rtn": Settings(recipe="rtn", refinements=0),
-    "quarot": Settings(recipe="quarot", refinements=0),
+    "rtn": Settings(recipe="rtn", refits=0),
+    "quarot": Settings(recipe="quarot", refits=0),
     "paper": PAPER,
     "+ basis chosen": replace(PAPER, basis="auto"),
     "+ heads principal": replace(PAPER, head_basis="principal"),
     "+ clip ratio 0.95": replace(PAPER, clip_ratio=None),
-    "+ GPTQ refined": replace(PAPER, refinements=1),
+    "+ GPTQ refined": replace(PAPER, refits=1),
     "+ GPTQ on quantized inputs": replace(PAPER, gptq_inputs="quantized"),
     "+ GPTQ corrected": replace(PAPER, gptq_inputs="corrected"),
     "+ weight groups": PAPER,  # their size is the model's, see `settings_of`

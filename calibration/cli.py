@@ -87,9 +87,17 @@ def quantize(
             "before, or on these with weights that make up for the difference."
         ),
     ] = "original",
-    refinements: Annotated[
+    refits: Annotated[
         int, typer.Option(help="Rounds of fitting scales and codes to each other after GPTQ.")
     ] = 1,
+    refine: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS",
+            help="In the end, learn scales and norm gains from the original's predictions; the "
+            "whole model must fit in memory twice. 0: do not.",
+        ),
+    ] = 0,
     activation_bits: Annotated[
         ActivationBits, typer.Option(help="Of what the linears multiply the 4-bit weights with.")
     ] = "4",
@@ -117,7 +125,8 @@ def quantize(
         head_basis=head_basis,
         clip_ratio=clip_ratio,
         gptq_inputs=gptq_inputs,
-        refinements=refinements,
+        refits=refits,
+        refine=refine,
         activation_bits=activation_bits,
         kv_bits=kv_bits,
         head_bits=head_bits,

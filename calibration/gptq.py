@@ -51,13 +51,13 @@ def gptq(
     group_size: int | None,
     *,
     correction: Correction | None = None,
-    refinements: int = 0,
+    refits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of least output error, approximately.
 
     weight: [N, K] float32; hessian: [K, K] float32, of the inputs that the linear will see;
     group_size: of the scales, None for one per row; correction: for inputs that are not the
-    original's; refinements: rounds of fit_scales and descend after rounding.
+    original's; refits: rounds of fit_scales and descend after rounding.
     Returns: codes [N, K] int8, scales [N, 1] or [N, K / group_size] float16.
     """
     damped, inverse_factor = factor(hessian)
@@ -67,7 +67,7 @@ def gptq(
         weight, damped.diagonal().float(), inverse_factor.float(), group_size or weight.shape[1]
     )
     metric = damped.float()
-    for _ in range(refinements):
+    for _ in range(refits):
         scales = fit_scales(weight, codes, scales, metric)
         codes = descend(weight, codes, scales, metric)
     return codes.to(torch.int8), scales.half()

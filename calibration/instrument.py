@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from calibration.architectures import Architecture
+from calibration.straight_through import fake_quantize, fake_quantize_kv
 from vllm_offq.format import CheckpointConfig, SiteConfig
-from vllm_offq.quantizer import dequantize, fake_quantize, group_range, quantize
 from vllm_offq.rotation import apply_block_hadamard
 
 ATTENTION = "offq"
@@ -106,16 +106,11 @@ def _soft_capped_attention(
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def fake_quantize_kv(x: Tensor, group_size: int) -> Tensor:
-    """The cache's grid: like activations, but scale and offset are stored in float16."""
-    scale, offset = (part.half().float() for part in group_range(x, group_size))
-    return dequantize(quantize(x, scale, offset), scale, offset).to(x.dtype)
-
-
 def instrument(model: PreTrainedModel, architecture: Architecture) -> None:
     """Replace every quantizable linear and the attention function, in place.
 
-    The model computes what it did before until a rotation or a grid is set.
+    The model computes what it did before until a rotation or a grid is set; one that was
+    instrumented before forgets what was set.
     """
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)

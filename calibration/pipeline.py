@@ -20,6 +20,7 @@ from calibration.plan import plan
 from calibration.progress import Progress, no_progress
 from calibration.quantize_block import SHOWN_SITE, Streams, quantize_block
 from calibration.record import Record
+from calibration.refine import refine
 from calibration.report import Report, write_report
 from calibration.report.collect import ActivationHistograms
 from calibration.resume import SavedRun, unfinished
@@ -119,6 +120,18 @@ class _Run:
                 saved.drop(_hidden(index))
         with self.progress("writing the rest", 1):
             self.write_rest(rotations)
+        if self.settings.refine:
+            learned, refinement = refine(
+                original,
+                self.config,
+                self.writer.written(),
+                tokens,
+                self.settings,
+                saved,
+                self.progress,
+            )
+            self.writer.replace(learned)
+            self.record.refinement = refinement.model_dump()
 
     def tokens(self) -> Tensor:
         """Calibration sequences, [samples, sequence_length]."""

@@ -214,5 +214,5 @@ def round_weight(weight: Tensor, moments: SiteMoments, settings: Settings) -> tu
         moments.hessian,
         group_size,
         correction=moments.correction,
-        refinements=settings.refinements,
+        refits=settings.refits,
     )

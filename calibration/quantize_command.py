@@ -54,5 +54,11 @@ def summary(report: Report) -> Table:
         "output error from rounding weights",
         f"{fmean(report.output_error.values()):.2%} mean, {error:.2%} worst ({name})",
     )
+    if (refinement := report.refinement) is not None:
+        table.add_row(
+            f"divergence by {refinement.steps} steps of refinement",
+            f"{refinement.before:.4f} to {refinement.after:.4f} nats"
+            + ("" if refinement.used else ", so nothing was changed"),
+        )
     table.add_row("time", f"{report.seconds:.0f} s")
     return table

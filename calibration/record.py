@@ -9,7 +9,7 @@ from typing import Any
 
 import vllm_offq
 from calibration.progress import Progress
-from calibration.report import BasisCandidate, Histograms, Report, Spectrum, size_kind
+from calibration.report import BasisCandidate, Histograms, Refinement, Report, Spectrum, size_kind
 from calibration.settings import Settings
 
 
@@ -31,6 +31,7 @@ class Record:
     histograms: dict[str, Any] | None = None
     basis_candidates: list[dict[str, Any]] | None = None
     expert_counts: dict[str, list[int]] | None = None
+    refinement: dict[str, Any] | None = None
 
     def timed(self, progress: Progress) -> Progress:
         """The same progress, whose stages add to seconds_by_stage."""
@@ -83,4 +84,5 @@ class Record:
             basis_candidates=None
             if self.basis_candidates is None
             else [BasisCandidate(**candidate) for candidate in self.basis_candidates],
+            refinement=None if self.refinement is None else Refinement(**self.refinement),
         )

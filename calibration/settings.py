@@ -59,8 +59,10 @@ class Settings:
     gptq_inputs: GPTQInputs = "original"
     """What errors are minimised on: the original's inputs; those that come through the layers
     quantized before; or these, with weights that make up for the difference (GPTAQ)."""
-    refinements: int = 1
+    refits: int = 1
     """Rounds that fit scales to codes and codes to each other after GPTQ."""
+    refine: int = 0
+    """Steps of learning scales and norm gains from the original's predictions, in the end."""
     activation_bits: ActivationBits = "4"
     kv_bits: KVBits = "4"
     head_bits: HeadBits = "8"
@@ -82,8 +84,10 @@ class Settings:
             raise UserError(f"calibration is a tuple of sources; give ({self.calibration!r},)")
         if self.clip_ratio is not None and not 0 < self.clip_ratio <= 1:
             raise UserError("--clip-ratio must be above 0 and at most 1")
-        if self.refinements < 0:
-            raise UserError("--refinements must not be negative")
+        if self.refits < 0 or self.refine < 0:
+            raise UserError("--refits and --refine must not be negative")
+        if self.refine and self.samples < 2:
+            raise UserError("--refine holds sequences aside, so --samples must be at least 2")
         shares(self.calibration, self.samples)  # refuses before a large model is read
 
     @property

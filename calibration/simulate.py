@@ -4,13 +4,20 @@ The reference for what a server must answer, and the quick way to measure a reci
 grid and rotations as vllm_offq.kernels.reference, in the Hugging Face classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from calibration.architectures import find_architecture
@@ -24,6 +31,7 @@ from vllm_offq.format import (
     KEY_ROTATION,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
+    CheckpointConfig,
     unpack_int4,
     unpack_int8,
 )
@@ -51,14 +59,23 @@ def fused_model(original: Original, rotations: Rotations) -> Iterator[PreTrained
         yield model
 
 
-@torch.no_grad()
 def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
     """The model of an OffQ checkpoint in float32 with its grids on, and its tokenizer.
 
     Raises: UserError if path is no OffQ checkpoint.
     """
     checkpoint = Checkpoint(Path(path))
-    hf_config = AutoConfig.from_pretrained(path)
+    tensors = {name: checkpoint.load(name) for name in checkpoint.names}
+    model = simulated_model(AutoConfig.from_pretrained(path), checkpoint.config, tensors)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+@torch.no_grad()
+def simulated_model(
+    hf_config: PreTrainedConfig, config: CheckpointConfig, tensors: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The model of a checkpoint's tensors, by name, in float32 with its grids on."""
+    hf_config = deepcopy(hf_config)
     hf_config.quantization_config = None
     architecture = find_architecture(hf_config.architectures).of(hf_config)
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
@@ -66,19 +83,17 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
     model.requires_grad_(False)
     instrument(model, architecture)
     loaded = {}
-    for name in checkpoint.names:
+    for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if kind == WEIGHT_PACKED:
             unpack = unpack_int8 if module == architecture.head else unpack_int4
-            codes = unpack(checkpoint.load(name))
-            weight = dequantize(codes, checkpoint.load(f"{module}.{WEIGHT_SCALE}"))
+            weight = dequantize(unpack(tensor), tensors[f"{module}.{WEIGHT_SCALE}"])
             loaded[f"{architecture.in_memory(module)}.weight"] = weight
         elif kind not in (WEIGHT_SCALE, KEY_ROTATION):
-            loaded[architecture.in_memory(name)] = checkpoint.load(name).float()
+            loaded[architecture.in_memory(name)] = tensor.float()
     if architecture.layout.head_is_embedding:
         loaded[f"{architecture.head}.weight"] = loaded[f"{architecture.embedding}.weight"]
     model.load_state_dict(loaded)
-    config = checkpoint.config
     if config.head is not None:
         head = OffQLinear(model.get_submodule(architecture.head))
         head.grid = config.head.site
@@ -93,7 +108,6 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
             state = attention_state(layer, architecture)
             state.kv_group_size = config.kv_cache.group_size
             if config.kv_cache.key_rotation:
-                state.key_rotation = checkpoint.load(
-                    f"{architecture.layers}.{index}.{architecture.attention}.attn.{KEY_ROTATION}"
-                ).float()
-    return model, AutoTokenizer.from_pretrained(path)
+                path = f"{architecture.layers}.{index}.{architecture.attention}"
+                state.key_rotation = tensors[f"{path}.attn.{KEY_ROTATION}"].float()
+    return model

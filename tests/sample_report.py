@@ -4,7 +4,14 @@ import random
 from datetime import UTC, datetime
 from typing import Any
 
-from calibration.report import BasisCandidate, Histogram, Histograms, Report, Spectrum
+from calibration.report import (
+    BasisCandidate,
+    Histogram,
+    Histograms,
+    Refinement,
+    Report,
+    Spectrum,
+)
 
 SITES = ("attention_input", "attention_output", "mlp_input", "mlp_output")
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -55,6 +62,7 @@ def sample_report(layers: int = 2, seed: int = 0, experts: int = 0, **changes: A
                 name="all", mean_error=0.005, worst_error=0.009, divergence=0.042, chosen=False
             ),
         ],
+        "refinement": Refinement(steps=64, before=0.21, after=0.17, used=True),
         "clip_ratios": dict.fromkeys(SITES, 0.95),
     }
     return Report(**values | changes)
@@ -72,5 +80,5 @@ def _histogram(stage: Any, reach: float, counts: list[int]) -> Histogram:
 
 
 NOTHING_OPTIONAL: dict[str, Any] = dict.fromkeys(
-    ("spectrum", "histograms", "expert_counts", "basis_candidates", "clip_ratios")
+    ("spectrum", "histograms", "expert_counts", "basis_candidates", "refinement", "clip_ratios")
 )

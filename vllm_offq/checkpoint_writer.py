@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -62,6 +62,7 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
+        self._replaced: dict[str, Tensor] = {}
         if self.out.exists():
             if not overwrite:
                 raise UserError(f"{self.out} exists; choose another folder or pass --overwrite")
@@ -126,6 +127,24 @@ class CheckpointWriter:
         self._pending = {}
         self._pending_bytes = 0
 
+    def written(self) -> dict[str, Tensor]:
+        """All tensors that were added, by name."""
+        self.commit()
+        found: dict[str, Tensor] = {}
+        for part in self.parts:
+            found |= load_file(self.folder / part)
+        return found
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these into the checkpoint instead of what was added under their names.
+
+        They are kept in memory to the end; parts on disk stay as they are for `adopt`.
+        """
+        for name, tensor in tensors.items():
+            if tensor.nbytes != self.sizes[name]:
+                raise ValueError(f"tensor {name} would change its size")
+        self._replaced |= tensors
+
     def add_text(self, filename: str, text: str) -> None:
         """Write one text file."""
         (self.folder / filename).write_text(text, encoding="utf-8")
@@ -163,12 +182,13 @@ class CheckpointWriter:
         for number, parts in enumerate(groups, 1):
             path = self.folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             path.unlink(missing_ok=True)  # of a run that was killed here
-            if len(parts) == 1:
+            if len(parts) == 1 and not self._replaced:
                 _link(parts[0], path)
             else:
                 tensors: dict[str, Tensor] = {}
                 for part in parts:
                     tensors |= load_file(part)
+                tensors |= {name: t for name, t in self._replaced.items() if name in tensors}
                 save_file(tensors, path, metadata={"format": "pt"})
             with safe_open(path, framework="pt") as shard:
                 weight_map |= dict.fromkeys(shard.keys(), path.name)

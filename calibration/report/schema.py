@@ -107,6 +107,17 @@ class BasisCandidate(_Strict):
     chosen: bool
 
 
+class Refinement(_Strict):
+    """What learning scales and gains brought, on sequences that were held aside."""
+
+    steps: NonNegativeInt
+    before: NonNegativeFloat
+    """Mean KL divergence of the quantized model's predictions from the original's, nats."""
+    after: NonNegativeFloat
+    used: bool
+    """False where the divergence did not fall, so the checkpoint stayed as it was."""
+
+
 class Report(_Strict):
     """What a run was asked, did, and lost. Bytes, seconds, dB; errors are relative squares."""
 
@@ -134,6 +145,8 @@ class Report(_Strict):
     expert_counts: dict[Name, list[NonNegativeInt]] | None = None
     """Of each layer by full name: calibration tokens that its router sent to each expert."""
     basis_candidates: list[BasisCandidate] | None = None
+    refinement: Refinement | None = None
+    """None: not asked for."""
     clip_ratios: dict[Name, Annotated[float, Field(gt=0, le=1)]] | None = None
     """Of each site."""
 

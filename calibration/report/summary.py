@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from calibration.report.pictures import num_layers
-from calibration.report.schema import Report
+from calibration.report.schema import Refinement, Report
 from calibration.report.words import duration, percent, site_words, size, worst_first
 
 
@@ -64,6 +64,8 @@ def sentences(report: Report) -> list[str]:
             f"{percent(fmean(report.output_error.values()))} of the squared output on average, "
             f"and {percent(error)} for the worst, {name}."
         )
+    if report.refinement is not None:
+        found.append(_refinement(report.refinement))
     return found
 
 
@@ -75,6 +77,19 @@ def all_decibels(report: Report) -> list[float]:
 def shrinkage(report: Report) -> float:
     """How many times smaller the checkpoint is than the original."""
     return report.original_bytes / max(report.checkpoint_bytes, 1)
+
+
+def _refinement(refinement: Refinement) -> str:
+    change = f"from {refinement.before:.4f} to {refinement.after:.4f} nats"
+    if not refinement.used:
+        return (
+            f"{refinement.steps} steps of refinement did not help: on text held aside the "
+            f"predictions' divergence from the original's went {change}, so nothing was changed."
+        )
+    return (
+        f"{refinement.steps} steps of refinement brought the predictions' divergence from the "
+        f"original's, on text held aside, {change}."
+    )
 
 
 def _share_of_noise(decibel: float) -> str:

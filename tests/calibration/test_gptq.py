@@ -105,7 +105,7 @@ def test_factor_inverts_the_damped_hessian() -> None:
 
 
 @pytest.mark.parametrize("group_size", [64, 192])
-def test_refinements_never_raise_the_error_they_minimise(group_size: int) -> None:
+def test_refits_never_raise_the_error_they_minimise(group_size: int) -> None:
     weight, hessian = problem(48, 192)
     metric = factor(hessian)[0].float()
     codes, scales = (part.float() for part in gptq(weight, hessian, group_size))
@@ -117,7 +117,7 @@ def test_refinements_never_raise_the_error_they_minimise(group_size: int) -> Non
         errors.append(output_error(weight, codes, scales, metric))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     assert errors[-1] < 0.97 * errors[0]
-    refined = gptq(weight, hessian, group_size, refinements=3)
+    refined = gptq(weight, hessian, group_size, refits=3)
     assert output_error(weight, *refined, metric) == pytest.approx(errors[-1])
     assert refined[0].min() >= -8 and refined[0].max() <= 7
 

@@ -23,9 +23,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(original: Path) -> Path:
     """The same, quantized, so that none of the tests' prompts meets a boundary between codes."""
     out = original.parent / "tiny-offq"
-    settings = Settings(
-        samples=4, sequence_length=64, dtype="float32", basis="top-1", refinements=0
-    )
+    settings = Settings(samples=4, sequence_length=64, dtype="float32", basis="top-1", refits=0)
     quantize(str(original), out, settings)
     return out
 

@@ -15,6 +15,7 @@ from calibration.settings import (
     ActivationBits,
     Basis,
     DTypeName,
+    EmbeddingBits,
     GPTQInputs,
     HeadBasis,
     HeadBits,
@@ -105,6 +106,9 @@ def quantize(
     head_bits: Annotated[
         HeadBits, typer.Option(help="Of the output head; 16 leaves it as it is.")
     ] = "8",
+    embedding_bits: Annotated[
+        EmbeddingBits, typer.Option(help="Of the token embedding; 16 leaves it as it is.")
+    ] = "16",
     dtype: Annotated[DTypeName, typer.Option(help="Of what stays unquantized.")] = "auto",
     seed: Annotated[int, typer.Option(help="Same seed, same input, same bytes.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT at the end.")] = False,
@@ -130,6 +134,7 @@ def quantize(
         activation_bits=activation_bits,
         kv_bits=kv_bits,
         head_bits=head_bits,
+        embedding_bits=embedding_bits,
         calibration=tuple(calibration),
         samples=samples,
         sequence_length=sequence_length,

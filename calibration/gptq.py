@@ -11,7 +11,6 @@ from torch import Tensor
 
 from calibration.correction import Correction
 from calibration.scales import fit_scales, search_scales, stored_scale
-from vllm_offq.format import HEAD_CODE_MAX
 from vllm_offq.quantizer import CODE_MAX, CODE_MIN
 
 logger = logging.getLogger(__name__)
@@ -35,13 +34,13 @@ def round_to_nearest(
     return _round(groups, scales[..., None]).flatten(1).to(torch.int8), scales.half()
 
 
-def round_head(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The output head: 8-bit codes [N, K] int8 and scales [N, 1] float16. weight: [N, K]."""
+def round_rows(weight: Tensor, code_max: int) -> tuple[Tensor, Tensor]:
+    """8-bit codes [N, K] int8, at most code_max, and scales [N, 1] float16. weight: [N, K]."""
     codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
     parts = (part.split(ROWS_AT_ONCE) for part in (weight, codes, scales))
     for rows, row_codes, row_scales in zip(*parts, strict=True):
-        row_scales.copy_(stored_scale(rows.abs().amax(1, keepdim=True).float() / HEAD_CODE_MAX))
-        row_codes.copy_((rows / row_scales).round().clamp(-HEAD_CODE_MAX, HEAD_CODE_MAX))
+        row_scales.copy_(stored_scale(rows.abs().amax(1, keepdim=True).float() / code_max))
+        row_codes.copy_((rows / row_scales).round().clamp(-code_max, code_max))
     return codes, scales.half()
 
 

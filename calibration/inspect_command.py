@@ -48,8 +48,10 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         last = name.rpartition(".")[2]
         outside = "embedding and head" if "layers" not in name else "norms and biases"
         kind = kinds.get(last, "norms and biases" if "norm" in name else outside)
-        if name == f"{HEAD}.{WEIGHT_PACKED}":
-            kind = "head, 8 bit"
+        if "layers" not in name and last == WEIGHT_PACKED:
+            kind = "head, 8 bit" if name.startswith(HEAD) else "embedding, 8 bit"
+        elif "layers" not in name and last == WEIGHT_SCALE:
+            kind = "scales of 8 bit"
         entry = tensors.setdefault(kind, {"tensors": 0, "parameters": 0, "bytes": 0})
         count = 1
         for size in checkpoint.shape(name):
@@ -124,7 +126,8 @@ def _print(content: dict[str, Any], problem: UserError | None) -> None:
     )
     if config["head"]:
         settings.add_row("head", f"8 bits, input in groups of {config['head']['group_size']}")
-    settings.add_row("16 bit", ", ".join(config["ignore"]) or "embedding and norms only")
+    sixteen = [*config["ignore"], *([] if config["embedding"] else ["embedding"]), "norms"]
+    settings.add_row("16 bit", ", ".join(sixteen))
     settings.add_row("format", f"version {config['format_version']}, {config['produced_by']}")
     settings.add_row("settings, SHA-256", config["settings_sha256"])
     settings.add_row(

@@ -20,7 +20,10 @@ def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
         tags=["offq", "4-bit", f"w4a{bits}", "vllm"],
     )
     activations = "weights and activations" if bits == 4 else f"weights, {bits}-bit activations"
-    parts = f"4-bit {activations}" + (", an 8-bit head" if config.head else "")
+    parts = f"4-bit {activations}"
+    parts += "".join(
+        f", an 8-bit {part}" for part in ("embedding", "head") if getattr(config, part) is not None
+    )
     parts += " and a 4-bit KV cache" if cached else ""
     shown = asdict(settings) | {"calibration": ", ".join(settings.calibration)}
     rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import vllm_offq
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
+from calibration.ends import write_embedding, write_head
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
-from calibration.gptq import round_head
 from calibration.instrument import BlockInputs, block_inputs, instrument
 from calibration.loader import Original, load_original
 from calibration.model_card import model_card
@@ -29,7 +29,7 @@ from calibration.settings import Settings
 from calibration.survey import survey
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
-from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig, pack_int8
+from vllm_offq.format import CheckpointConfig
 from vllm_offq.manifest import expected_tensors
 
 BATCH_TOKENS = 2048
@@ -189,8 +189,13 @@ class _Run:
                 inputs = block_inputs(model, architecture, tokens[:batch_size], batch_size)
                 return Streams.from_tensors(hidden, inputs.arguments)
             inputs = block_inputs(model, architecture, tokens, batch_size)
-            for name, parameter in embedding.named_parameters():
-                self.writer.add(f"{architecture.embedding}.{name}", parameter.to(self.dtype))
+            write_embedding(
+                embedding.weight,  # type: ignore[arg-type]
+                architecture,
+                self.config,
+                self.writer,
+                self.dtype,
+            )
         if self.settings.rounding == "rtn" or self.settings.gptq_inputs == "original":
             return Streams(inputs, None)
         return Streams(inputs, BlockInputs(list(inputs.hidden), inputs.arguments))
@@ -245,12 +250,8 @@ class _Run:
             fuse_head(head, final_norm, architecture, rotations)
             for name, parameter in final_norm.named_parameters():
                 writer.add(f"{architecture.final_norm}.{name}", parameter.to(self.dtype))
-            if head is not None and self.config.head is None:
-                writer.add(f"{architecture.head}.weight", head.weight.to(self.dtype))
-            elif head is not None:
-                codes, scale = round_head(head.weight)
-                writer.add(f"{architecture.head}.{WEIGHT_PACKED}", pack_int8(codes))
-                writer.add(f"{architecture.head}.{WEIGHT_SCALE}", scale)
+            if head is not None:
+                write_head(head.weight, architecture, self.config, writer, self.dtype)
         hf_config = original.model.config
         hf_config.architectures = [architecture.name]
         hf_config.tie_word_embeddings = tied  # else only the head takes the final norm's gain

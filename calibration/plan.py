@@ -11,6 +11,7 @@ from vllm_offq.format import (
     FORMAT_VERSION,
     QUANT_METHOD,
     CheckpointConfig,
+    EmbeddingConfig,
     HeadConfig,
     KVCacheConfig,
     SiteConfig,
@@ -88,6 +89,14 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
     head = None
     if settings.head_bits == "8" and not architecture.layout.head_is_embedding:
         head = HeadConfig(bits=8, group_size=sites["attention_input"].group_size)
+    embedding = None
+    if settings.embedding_bits == "8":
+        if not architecture.layout.quantizes_embedding:
+            raise UserError(
+                f"--embedding-bits 8 is not supported for {architecture.name}, whose embedding "
+                "vLLM keeps in 16 bit; leave it out"
+            )
+        embedding = EmbeddingConfig(bits=8)
     kv_cache = None
     if settings.kv_bits == "4":
         kv_cache = KVCacheConfig(
@@ -104,6 +113,7 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         weights=WeightConfig(bits=4, group_size=settings.weight_group_size),
         sites=sites,
         head=head,
+        embedding=embedding,
         kv_cache=kv_cache,
         ignore=[_last(site.router) for site in architecture.sites if site.router]
         + ([] if head else [architecture.head]),

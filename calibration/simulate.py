@@ -82,11 +82,12 @@ def simulated_model(
     separate_experts(model, architecture)
     model.requires_grad_(False)
     instrument(model, architecture)
+    unpacks = {architecture.head: unpack_int8, architecture.embedding: lambda codes: codes}
     loaded = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if kind == WEIGHT_PACKED:
-            unpack = unpack_int8 if module == architecture.head else unpack_int4
+            unpack = unpacks.get(module, unpack_int4)
             weight = dequantize(unpack(tensor), tensors[f"{module}.{WEIGHT_SCALE}"])
             loaded[f"{architecture.in_memory(module)}.weight"] = weight
         elif kind not in (WEIGHT_SCALE, KEY_ROTATION):

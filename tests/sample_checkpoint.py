@@ -39,6 +39,7 @@ def quantization_config(**changes: Any) -> dict[str, Any]:
             "mlp_output": site("down_proj", fused_rotation="permutation", online_hadamard=32),
         },
         "head": {"bits": 8, "group_size": 32},
+        "embedding": None,
         "kv_cache": {"bits": 4, "group_size": 16, "key_rotation": True},
         "ignore": [],
     } | changes

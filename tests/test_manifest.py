@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from sample_checkpoint import HIDDEN, INTERMEDIATE, VOCABULARY, model_config, quantization_config
 
 from vllm_offq.architectures import LAYOUTS
@@ -67,6 +68,21 @@ def test_head_norms_and_norms_over_all_heads() -> None:
         tensors = expected(name, quantization_config())
         shapes = [tensors[f"{LAYER}self_attn.{part}_norm.weight"].shape[0] for part in "qk"]
         assert tuple(shapes) == widths
+
+
+def test_an_embedding_of_eight_bits() -> None:
+    tensors = expected("LlamaForCausalLM", quantization_config(embedding={"bits": 8}))
+    assert "model.embed_tokens.weight" not in tensors
+    assert tensors["model.embed_tokens.weight_packed"] == ((VOCABULARY, HIDDEN), (torch.int8,))
+    assert tensors["model.embed_tokens.weight_scale"] == ((VOCABULARY, 1), (torch.float16,))
+    with pytest.raises(UserError, match="the embedding of MixtralForCausalLM stays in 16 bit"):
+        expected("MixtralForCausalLM", quantization_config(embedding={"bits": 8}))
+    with pytest.raises(UserError, match=r"tie_word_embeddings must be false .* an embedding"):
+        expected(
+            "LlamaForCausalLM",
+            quantization_config(embedding={"bits": 8}, head=None, ignore=["lm_head"]),
+            tie_word_embeddings=True,
+        )
 
 
 def test_a_head_that_is_the_embedding() -> None:

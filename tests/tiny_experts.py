@@ -104,6 +104,7 @@ def _quantization_config() -> dict[str, Any]:
             "experts_output": site("w2", "down_proj", online_hadamard=GROUP_SIZE),
         },
         "head": None,
+        "embedding": None,
         "kv_cache": None,
         "ignore": ["gate"],
     }

@@ -133,6 +133,8 @@ class Layout:
     """Whether a linear has a bias, by config.json and the linear's path."""
     head_is_embedding: bool = False
     """vLLM's class computes logits with the embedding: there is no head of its own."""
+    quantizes_embedding: bool = True
+    """vLLM's class asks a quantization method for its embedding."""
     attention: str = "self_attn"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -170,11 +172,13 @@ LAYOUTS = {
             norms=SANDWICH_NORMS,
             has_bias=_attention_bias,
             head_is_embedding=True,
+            quantizes_embedding=False,
         ),
         Layout("Gemma3ForCausalLM", norms=SANDWICH_NORMS | HEAD_NORMS, has_bias=_attention_bias),
         Layout("Olmo2ForCausalLM", norms=POST_NORMS | WIDE_NORMS, has_bias=_attention_bias),
         Layout(
             "MixtralForCausalLM",
+            quantizes_embedding=False,
             experts=Experts(
                 "block_sparse_moe",
                 linears=("w1", "w3", "w2"),

@@ -14,8 +14,12 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
+from vllm_offq.embedding import OffQEmbeddingMethod
 from vllm_offq.errors import UserError
 from vllm_offq.format import QUANT_METHOD, CheckpointConfig, parse_config
 from vllm_offq.kv_cache import OffQKVCacheMethod
@@ -84,7 +88,9 @@ class OffQConfig(QuantizationConfig):
             return self._moe_method(layer, prefix)
         if isinstance(layer, AttentionLayerBase):
             return self._kv_cache_method(layer, prefix)
-        return None  # The embedding stays in 16 bit.
+        if isinstance(layer, VocabParallelEmbedding) and self.checkpoint.embedding is not None:
+            return None if isinstance(layer, ParallelLMHead) else OffQEmbeddingMethod()
+        return None
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         parent, _, last = prefix.rpartition(".")

@@ -27,11 +27,13 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 WEIGHT_PACKED = "weight_packed"
-"""[out_features, in_features / 2] uint8, see pack_int4; of an 8-bit head twice that, pack_int8."""
+"""[out_features, in_features / 2] uint8, see pack_int4; of an 8-bit head twice that, pack_int8. Of
+an 8-bit embedding [vocabulary, width] int8, the codes as they are."""
 WEIGHT_SCALE = "weight_scale"
 """[out_features, 1], or [out_features, in_features / weights.group_size], float16."""
 HEAD_CODE_MAX: Final = 119
 """16 high + low reaches it with two 4-bit codes; every code of the head is at most that large."""
+EMBEDDING_CODE_MAX: Final = 127
 KEY_ROTATION = "key_rotation"
 """Of an attention layer: [num_kv_heads, head_size, head_size] float16, q and k after RoPE @ it."""
 
@@ -86,6 +88,12 @@ class HeadConfig(_Strict):
         )
 
 
+class EmbeddingConfig(_Strict):
+    """The token embedding: symmetric codes, one scale a row."""
+
+    bits: Literal[8]
+
+
 class KVCacheConfig(_Strict):
     """Keys (after RoPE, rotated if key_rotation) and values: asymmetric, float16 scale, offset."""
 
@@ -108,6 +116,8 @@ class CheckpointConfig(_Strict):
     sites: Annotated[dict[Name, SiteConfig], Field(min_length=1)]
     head: HeadConfig | None
     """None: the head stays in 16 bit."""
+    embedding: EmbeddingConfig | None
+    """None: the embedding stays in 16 bit."""
     kv_cache: KVCacheConfig | None
     """None: the cache keeps vLLM's own format."""
     ignore: list[Name]

@@ -33,9 +33,9 @@ def expected_tensors(
     """
     layout, sizes = find_layout(model_config), read_sizes(model_config)
     expected = {
-        f"{layout.embedding}.weight": TensorSpec((sizes.vocabulary, sizes.hidden), FLOATING),
         f"{layout.final_norm}.weight": TensorSpec((sizes.hidden,), FLOATING),
     }
+    expected |= _embedding_tensors(config, layout, sizes)
     expected |= _head_tensors(model_config, config, layout, sizes)
     for layer in range(sizes.num_layers):
         prefix = f"{layout.layers}.{layer}."
@@ -76,11 +76,32 @@ def check_values(name: str, tensor: Tensor) -> str | None:
     return None
 
 
+def _embedding_tensors(
+    config: CheckpointConfig, layout: Layout, sizes: Sizes
+) -> dict[str, TensorSpec]:
+    name, shape = layout.embedding, (sizes.vocabulary, sizes.hidden)
+    if config.embedding is None:
+        return {f"{name}.weight": TensorSpec(shape, FLOATING)}
+    if not layout.quantizes_embedding:
+        raise UserError(
+            f"quantization_config: the embedding of {layout.name} stays in 16 bit in vLLM"
+        )
+    return {
+        f"{name}.{WEIGHT_PACKED}": TensorSpec(shape, (torch.int8,)),
+        f"{name}.{WEIGHT_SCALE}": TensorSpec((sizes.vocabulary, 1), (torch.float16,)),
+    }
+
+
 def _head_tensors(
     model_config: dict[str, Any], config: CheckpointConfig, layout: Layout, sizes: Sizes
 ) -> dict[str, TensorSpec]:
     name, shape = layout.head, (sizes.vocabulary, sizes.hidden)
     tied = layout.head_is_embedding or model_config.get("tie_word_embeddings", False)
+    if tied and config.embedding is not None:
+        raise UserError(
+            "config.json: tie_word_embeddings must be false where quantization_config has an "
+            "embedding"
+        )
     if config.head is None:
         return {} if tied else {f"{name}.weight": TensorSpec(shape, FLOATING)}
     if layout.head_is_embedding:

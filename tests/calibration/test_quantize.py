@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_llama
+from tiny_models import make_tiny, make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibration import cli
@@ -206,6 +206,30 @@ def test_activations_of_eight_bits_lose_less(
             for folder in (tmp_path / "out", quantized[0])
         ]
     assert errors[0] < 0.95 * errors[1]  # the rest is of the weights and the cache
+
+
+def test_embedding_of_eight_bits(
+    quantized: tuple[Path, Report], original: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = Settings(calibration=(str(text),), embedding_bits="8", **QUICK)
+    quantize(str(original), tmp_path / "out", settings)
+    validate_checkpoint(tmp_path / "out")
+    small, large = (Checkpoint(folder) for folder in (tmp_path / "out", quantized[0]))
+    name = "model.embed_tokens"
+    wanted = large.load(f"{name}.weight").float()
+    scale = small.load(f"{name}.weight_scale").float()
+    found = load_simulated(tmp_path / "out")[0].get_submodule(name).weight
+    # Half a step of the grid, and what storing the other in bfloat16 has rounded off.
+    assert ((found - wanted).abs() <= 0.501 * scale + 2.0**-8 * wanted.abs()).all()
+    assert small.load(f"{name}.weight_packed").dtype == torch.int8
+    rest = [other for other in large.names if not other.startswith(name)]
+    assert all(torch.equal(small.load(other), large.load(other)) for other in rest)
+
+
+def test_an_embedding_that_vllm_keeps_is_refused(tmp_path: Path) -> None:
+    source = make_tiny(tmp_path / "model", "Gemma2")
+    with pytest.raises(UserError, match="--embedding-bits 8 is not supported for Gemma2"):
+        quantize(str(source), tmp_path / "out", Settings(embedding_bits="8", **QUICK))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

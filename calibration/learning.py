@@ -71,7 +71,6 @@ class Learning:
         growths = [weight.growth for weight in self._weights.values()]
         gains = [gain.requires_grad_() for gain in self._gains.values()]
         self._learned: list[Tensor] = [*growths, *gains]
-        self._mean = [torch.zeros_like(value) for value in self._learned]
         self._optimizer = torch.optim.Adam(
             [{"params": growths, "rate": SCALE_RATE}, {"params": gains, "rate": GAIN_RATE}],
             betas=(0.9, 0.95),
@@ -89,30 +88,25 @@ class Learning:
             group["lr"] = group["rate"] * self._share_of_rate()
         self._optimizer.step()
         self.done += 1
-        # Single steps are noisy; their mean over the second half is not.
-        if (counted := self.done - self._steps // 2) > 0:
-            for mean, value in zip(self._mean, self._learned, strict=True):
-                mean.lerp_(value.detach(), 1 / counted)
         return found
 
     def result(self) -> dict[str, Tensor]:
         """What replaces tensors of the checkpoint, in their dtypes; the model has it too."""
         tensors = {}
-        means = iter(self._mean if self.done else self._learned)
         for name, weight in self._weights.items():
-            scale = (weight.start * next(means).detach().exp()).clamp(max=LARGEST_SCALE).half()
+            scale = weight.scale().detach().clamp(max=LARGEST_SCALE).half()
             tensors[f"{name}.{WEIGHT_SCALE}"] = scale
             weight.apply(scale)
         for name, gain in self._gains.items():
-            tensors[name] = next(means).detach().to(self._stored[name].dtype)
+            tensors[name] = gain.detach().to(self._stored[name].dtype)
             gain.requires_grad_(False).copy_(tensors[name])
         return tensors
 
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs."""
         kept = {"done": torch.tensor(self.done)}
-        for number, (value, mean) in enumerate(zip(self._learned, self._mean, strict=True)):
-            kept |= {f"{number}.value": value.detach(), f"{number}.mean": mean}
+        for number, value in enumerate(self._learned):
+            kept[f"{number}.value"] = value.detach()
             for key, part in self._optimizer.state.get(value, {}).items():
                 kept[f"{number}.adam.{key}"] = part
         return kept
@@ -120,9 +114,8 @@ class Learning:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a state of the same run."""
         self.done = int(state["done"])
-        for number, (value, mean) in enumerate(zip(self._learned, self._mean, strict=True)):
+        for number, value in enumerate(self._learned):
             value.data.copy_(state[f"{number}.value"])
-            mean.copy_(state[f"{number}.mean"])
             prefix = f"{number}.adam."
             self._optimizer.state[value] = {
                 key.removeprefix(prefix): part

@@ -116,7 +116,7 @@ class CheckpointConfig(_Strict):
     sites: Annotated[dict[Name, SiteConfig], Field(min_length=1)]
     head: HeadConfig | None
     """None: the head stays in 16 bit."""
-    embedding: EmbeddingConfig | None
+    embedding: EmbeddingConfig | None = None
     """None: the embedding stays in 16 bit."""
     kv_cache: KVCacheConfig | None
     """None: the cache keeps vLLM's own format."""

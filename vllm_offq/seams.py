@@ -77,6 +77,11 @@ SEAMS: dict[str, dict[str, set[str]]] = {
         },
         "MultipleOf": {"base"},
     },
+    "vllm.v1.metrics.loggers": {
+        "AggregateStatLoggerBase.__init__": {"vllm_config", "engine_indexes"},
+        "AggregateStatLoggerBase.log_engine_initialized": set(),
+        "AggregateStatLoggerBase.record": {"scheduler_stats", "iteration_stats"},
+    },
     "vllm.v1.kv_cache_interface": {"AttentionSpec": {"dtype", "head_size", "state_content_bytes"}},
 }
 """Module, name in it, parameters that we pass, override or read."""

@@ -163,6 +163,11 @@ def test_repeated_prompt_is_answered_from_the_prefix_cache(
     assert metric(float32_server, "vllm:prefix_cache_hits_total") - hits_before >= 64
 
 
+def test_operators_see_what_is_served(float32_server: Server) -> None:
+    assert metric(float32_server, "offq:info") == 1
+    assert "OffQ serves recipe offq, kernels " in float32_server.log.read_text()
+
+
 def test_chat_is_answered(float32_server: Server) -> None:
     client = OpenAI(base_url=f"{float32_server.url}/v1", api_key="none")
     reply = client.chat.completions.create(

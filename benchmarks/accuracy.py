@@ -11,7 +11,6 @@ taken from --cache, so a run may be stopped and repeated.
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +37,7 @@ from calibration.settings import Settings
 from calibration.simulate import fused_model, load_simulated
 from calibration.survey import survey
 from vllm_offq.checkpoint import Checkpoint
+from vllm_offq.evaluate import cut_windows, prompt_start
 from vllm_offq.format import CheckpointConfig
 from vllm_offq.metrics import Estimate
 
@@ -179,9 +179,9 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Workload, Scor
     """Cut the text, and run the original over it."""
     original = load_original(arguments.model)
     text = arguments.text.read_text(encoding="utf-8")
-    tokens = torch.tensor(original.tokenizer(text, verbose=False)["input_ids"])
-    count = min(arguments.windows, len(tokens) // arguments.window_length)
-    windows = tokens[: count * arguments.window_length].view(count, -1)
+    ids = original.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    cut = cut_windows(prompt_start(original.tokenizer), ids, arguments.window_length)
+    windows = torch.tensor(cut[: arguments.windows])
     references: list[Tensor] = []
     losses: list[float] = []
     with torch.no_grad(), original.loaded(""):
@@ -199,7 +199,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Workload, Scor
         windows,
         references,
     )
-    return workload, Scores(losses, [0.0] * count, [1.0] * count)
+    return workload, Scores(losses, [0.0] * len(windows), [1.0] * len(windows))
 
 
 def table(rows: dict[str, dict[str, tuple[Scores, float]]], original: Scores, title: str) -> Table:
@@ -259,8 +259,6 @@ def main() -> None:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         workload, original = prepare(arguments, Path(folder))
-        if not len(workload.windows):
-            sys.exit(f"{arguments.text} has fewer than {arguments.window_length} tokens")
         rows: dict[str, dict[str, tuple[Scores, float]]] = {}
         for name in arguments.recipes:
             wanted = [m for m in arguments.modes if m == "W4A4KV4" or name in PARTS]

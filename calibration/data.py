@@ -10,6 +10,7 @@ from calibration.data_documents import read_documents
 from calibration.data_self import write_itself
 from calibration.data_sources import SELF, shares
 from vllm_offq.errors import UserError
+from vllm_offq.evaluate import prompt_start
 
 
 def calibration_tokens(
@@ -50,7 +51,7 @@ def _pack(
     of the attention, so one amid a sequence would show the quantizer what no server sees. EOS
     ends a text, where the tokenizer has one; the chat template itself ends a chat.
     """
-    start = _special_start(tokenizer)
+    start = prompt_start(tokenizer)
     eos = tokenizer.eos_token_id
     body = sequence_length - len(start)
     tokens: list[int] = []
@@ -75,11 +76,3 @@ def _pack(
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
     chunks = torch.tensor(tokens[: available * body]).view(available, body)[chosen.sort().values]
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), chunks], 1)
-
-
-def _special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every prompt (BOS or nothing), as a server will."""
-    with_special, without = (
-        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
-    )
-    return with_special[: with_special.index(without[0])]

@@ -10,6 +10,7 @@ from calibration.architectures import Architecture
 from calibration.architectures.base import Role
 from calibration.instrument import OffQLinear, attention_state
 from calibration.rotations import Rotations
+from calibration.statistics import invertible
 from vllm_offq.rotation import apply_block_hadamard
 
 ROWS_AT_ONCE = 4096
@@ -45,12 +46,12 @@ def fuse_head(
     head: None where the embedding is the head, whose norm then keeps its gain.
     """
     if head is not None:
-        _fold_gain([head], final_norm, architecture.gain_offset)
+        _fold_gain([head], final_norm, architecture.gain_offset, rotations.final_gains)
         if rotations.residual is not None:
             _rotate_rows(head.weight, rotations.residual)
         if rotations.residual_order is not None:
             _order_rows(head.weight, rotations.residual_order)
-    elif rotations.residual_order is not None:
+    if rotations.residual_order is not None:
         _order(final_norm.weight, rotations.residual_order)  # type: ignore[arg-type]
 
 
@@ -71,7 +72,12 @@ def fuse_block(
         router = [] if site.router is None else [layer.get_submodule(site.router)]
         if site.norm is not None:
             norm = layer.get_submodule(site.norm)
-            _fold_gain([*linears, *router], norm, architecture.gain_offset)
+            kept = None
+            if rotations.residual_gains is not None:
+                kept = rotations.residual_gains[index, architecture.reading.index(site)]
+            _fold_gain([*linears, *router], norm, architecture.gain_offset, kept)
+            if rotations.residual_order is not None:
+                _order(norm.weight, rotations.residual_order)  # type: ignore[arg-type]
         for module in router:
             if rotations.residual is not None:
                 _rotate_rows(module.weight, rotations.residual)  # type: ignore[arg-type]
@@ -110,11 +116,20 @@ def _set(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def _fold_gain(linears: Sequence[nn.Module], norm: nn.Module, gain_offset: float) -> None:
+def _fold_gain(
+    linears: Sequence[nn.Module],
+    norm: nn.Module,
+    gain_offset: float,
+    kept: Tensor | None = None,
+) -> None:
+    """kept: [n], the gains that the norm is left with; None: 1."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
+    rest = torch.ones_like(weight) if kept is None else kept.to(weight)
+    # What the checkpoint stores, so that the linears make up for its rounding.
+    stored = (rest - gain_offset).bfloat16().to(weight)
     for linear in linears:
-        linear.weight.mul_(weight + gain_offset)  # type: ignore[operator]
-    weight.fill_(1.0 - gain_offset)
+        linear.weight.mul_((weight + gain_offset) / invertible(stored + gain_offset))  # type: ignore[operator]
+    _set(weight, stored)
 
 
 def _fuse_input(linear: OffQLinear, rotations: Rotations) -> None:

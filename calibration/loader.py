@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from gguf import GGUFReader
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
@@ -116,6 +117,7 @@ def load_original(source: str) -> Original:
         if gguf and architecture.num_experts:
             raise UserError(f"{source} is a mixture of experts in GGUF; give its original folder")
         if gguf:
+            put_bos(tokenizer, Path(folder, arguments["gguf_file"]))
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
             config = model.config
             weights = LoadedWeights(model.state_dict())
@@ -173,6 +175,14 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"{source} is no local folder and cannot be fetched from the hub: {_first(error)}"
         ) from None
+
+
+def put_bos(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Make it begin prompts with BOS if the file says so: transformers overlooks it, and a model
+    that was trained with BOS (Gemma) is unusable without."""
+    says = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    if says is not None:
+        tokenizer.add_bos_token = bool(says.contents())
 
 
 def _architecture(config: Any) -> Architecture:

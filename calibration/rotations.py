@@ -16,6 +16,8 @@ from vllm_offq.rotation import (
     sorted_grouping,
 )
 
+LEAST_ENERGY = 1e-6
+"""Of a channel, as a fraction of the mean: gains of dead ones stay finite."""
 BLOCK_SIZES = ("residual_block_size", "down_block_size")
 
 
@@ -27,6 +29,11 @@ class Rotations:
     """[n, n], shared by the whole residual stream, fused."""
     residual_order: Tensor | None = None
     """[n] int64: which channel goes to each place, where only a permutation can be fused."""
+    residual_gains: Tensor | None = None
+    """[L, 2, n]: what the norms before attention and MLP go on multiplying by, in the original's
+    order of channels; None: 1, all of it is folded into the weights."""
+    final_gains: Tensor | None = None
+    """[n], likewise of the norm before the head."""
     residual_block_size: int | None = None
     """Block of the Hadamard before linears that read the residual stream, online."""
     keys: Tensor | None = None
@@ -111,9 +118,31 @@ def principal_rotations(
         down_block_size=down_group_size,
     )
     if online:
-        rotations.residual_order = _grouped_order(statistics.residual.diagonal(), group_size)
+        energy = statistics.input_energy
+        if statistics.weight_energy is not None:
+            rotations.residual_gains = balancing_gains(energy, statistics.weight_energy)
+            energy = energy * rotations.residual_gains.square()
+        if statistics.head_energy is not None:
+            rotations.final_gains = balancing_gains(statistics.final_energy, statistics.head_energy)
+        shares = energy / energy.sum(-1, keepdim=True)
+        rotations.residual_order = _grouped_order(shares.sum((0, 1)), group_size)
         rotations.residual_block_size = group_size
     return rotations
+
+
+def balancing_gains(inputs: Tensor, weights: Tensor) -> Tensor:
+    """Of each channel the gain, its inverse in the weight, that rounding both harms the least.
+
+    A group's noise is shared by its channels. So with gains g, for inputs and for weights alike,
+    it reaches the output in proportion to ``sum(g^2 e) sum(w / g^2)``, e and w the energies of
+    the channels of either. That is least where ``g^2 e`` and ``w / g^2`` agree (Cauchy-Schwarz).
+
+    inputs, weights: [..., n]. Returns: likewise, 0 for channels without weight, which may be the
+    largest inputs of all, else 1 at least.
+    """
+    floored = [x.clamp_min(LEAST_ENERGY * x.mean(-1, keepdim=True)) for x in (weights, inputs)]
+    gains = (floored[0] / floored[1]) ** 0.25
+    return torch.where(weights > 0, gains / gains.amin(-1, keepdim=True), 0.0)
 
 
 def _grouped_order(energy: Tensor, group_size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """One pass of the original model: everything from which the rotations are computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +12,9 @@ from calibration.experts import experts_of
 from calibration.instrument import attention_state, block_inputs
 from calibration.loader import Original
 from vllm_offq.errors import UserError
+
+ROWS_AT_ONCE = 4096
+"""Of a head, in double precision."""
 
 
 @dataclass
@@ -25,6 +28,15 @@ class Statistics:
     but the first of each sequence."""
     first: Tensor
     """[n, n] float64, likewise of the first tokens, which models use as a sink of attention."""
+    input_energy: Tensor
+    """[L, 2, n] float64, the diagonal of residual by layer, for attention and MLP."""
+    weight_energy: Tensor | None
+    """[L, 2, n] float64: sum of squares of each column of what reads them, gains folded in; None
+    where no norm may keep gains."""
+    final_energy: Tensor
+    """[n] float64, likewise of what reaches the final norm's gain, all tokens."""
+    head_energy: Tensor | None
+    """[n] float64, likewise of the head; None where its norm may keep no gains."""
     keys: Tensor
     """[L, H_kv, D, D] float64, after RoPE."""
     values: Tensor
@@ -50,6 +62,12 @@ def collect(
         top_tokens=torch.empty(0, hidden_size),
         residual=torch.zeros(hidden_size, hidden_size, dtype=torch.float64),
         first=torch.zeros(hidden_size, hidden_size, dtype=torch.float64),
+        input_energy=torch.zeros(num_layers, 2, hidden_size, dtype=torch.float64),
+        weight_energy=torch.zeros(num_layers, 2, hidden_size, dtype=torch.float64)
+        if architecture.keeps_gains
+        else None,
+        final_energy=torch.zeros(hidden_size, dtype=torch.float64),
+        head_energy=None,
         keys=torch.zeros(heads, dtype=torch.float64),
         values=torch.zeros(heads, dtype=torch.float64),
         down_energy=torch.zeros(num_layers, *_down_shape(original), dtype=torch.float64),
@@ -67,15 +85,19 @@ def collect(
                 x = heads.transpose(0, 1).flatten(1, 2)
                 moment[index] += (x.transpose(1, 2) @ x).double()
 
-        def observe_residual(gain: Tensor | None, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        def observe_residual(
+            place: tuple[int, int], gain: Tensor | None, _: nn.Module, inputs: tuple[Tensor]
+        ) -> None:
             x = inputs[0]
             # Where there is no norm, later layers would outweigh the first ones.
-            normed = x * x.square().mean(-1, keepdim=True).rsqrt() if gain is None else x / gain
+            normed = _normed(x) if gain is None else x / gain
             strongest = normed.abs().amax(-1).argmax(-1)
             top_tokens.append(normed[torch.arange(len(normed)), strongest])
             first, others = normed[:, 0], normed[:, 1:].flatten(0, 1)
             statistics.first.add_((first.T @ first).double())
-            statistics.residual.add_((others.T @ others).double())
+            moments = (others.T @ others).double()
+            statistics.residual.add_(moments)
+            statistics.input_energy[place] += moments.diagonal()
 
         with original.block(index) as layer:
             experts = experts_of(layer, architecture)
@@ -84,12 +106,18 @@ def collect(
             hooks = []
             for site in architecture.sites:
                 if site.reads_residual:
-                    gain = None
+                    reading = (index, architecture.reading.index(site))
+                    divisor = None
                     if site.norm is not None:
                         weight: Tensor = layer.get_submodule(site.norm).weight  # type: ignore[assignment]
-                        gain = invertible(weight + architecture.gain_offset)
+                        gain = weight + architecture.gain_offset
+                        divisor = invertible(gain)
+                        if statistics.weight_energy is not None:
+                            linears = map(layer.get_submodule, site.modules)
+                            statistics.weight_energy[reading] += _energy(linears, gain)
+                    observe = partial(observe_residual, reading, divisor)
                     reader = layer.get_submodule(site.reader)
-                    hooks.append(reader.register_forward_pre_hook(partial(observe_residual, gain)))
+                    hooks.append(reader.register_forward_pre_hook(observe))
                 elif site.name == "mlp_output":
                     for number, (path,) in enumerate(site.groups):
                         place = (index, number) if architecture.num_experts else (index,)
@@ -110,7 +138,28 @@ def collect(
             )
         advance()
     statistics.top_tokens = torch.cat(top_tokens)
+    if architecture.keeps_final_gains:
+        with original.loaded(architecture.final_norm, architecture.head) as (norm, head):
+            weight = norm.get_parameter("weight")
+            statistics.head_energy = _energy([head], weight + architecture.gain_offset)
+        for batch in inputs.hidden:
+            squares = _normed(batch).double().square()
+            statistics.final_energy += squares.flatten(0, -2).sum(0)
     return statistics
+
+
+def _normed(x: Tensor) -> Tensor:
+    """What an RMSNorm without gain makes of x, [..., n]."""
+    return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+def _energy(linears: Iterable[nn.Module], gain: Tensor) -> Tensor:
+    """Sum of squares of each column of all of them, with the gain folded in. gain: [n].
+
+    Returns: [n] float64.
+    """
+    rows = (part for linear in linears for part in linear.weight.split(ROWS_AT_ONCE))  # type: ignore[operator]
+    return torch.stack([(part * gain).double().square().sum(0) for part in rows]).sum(0)
 
 
 def _down_shape(original: Original) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from calibration.cli import app
 from vllm_offq.errors import UserError
-from vllm_offq.evaluate import cut_windows, evaluate, read_text
+from vllm_offq.evaluate import cut_windows, evaluate, prompt_start, read_text
 from vllm_offq.metrics import Estimate, WindowScores, compare
 
 
@@ -105,16 +105,24 @@ def test_standard_error_is_over_windows() -> None:
 
 
 def test_windows_do_not_overlap_and_drop_the_rest() -> None:
-    assert cut_windows(list(range(10)), 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert cut_windows(list(range(10)), 5) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    assert cut_windows(list(range(10)), 3, max_tokens=7) == [[0, 1, 2], [3, 4, 5]]
+    assert cut_windows([], list(range(10)), 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert cut_windows([], list(range(10)), 5) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert cut_windows([], list(range(10)), 3, max_tokens=7) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_every_window_begins_as_a_prompt_does() -> None:
+    tokenizer = make_tiny_tokenizer()
+    assert prompt_start(tokenizer) == []
+    tokenizer.add_bos_token = True
+    assert prompt_start(tokenizer) == [tokenizer.bos_token_id]
+    assert cut_windows([7], list(range(5)), 3) == [[7, 0, 1], [7, 2, 3]]
 
 
 def test_a_text_shorter_than_a_window() -> None:
     with pytest.raises(UserError, match="3 tokens, fewer than one window of 8"):
-        cut_windows([1, 2, 3], 8)
+        cut_windows([], [1, 2, 3], 8)
     with pytest.raises(UserError, match="20 tokens of which 7 may be used, fewer than one window"):
-        cut_windows(list(range(20)), 8, max_tokens=7)
+        cut_windows([], list(range(20)), 8, max_tokens=7)
 
 
 def test_a_text_that_cannot_be_read(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def evaluate(
     """Perplexity of models on a text and their divergence from an original.
 
     The text is tokenized once, by the first model's tokenizer, and cut into windows of
-    sequence_length tokens; the first token of a window has no context and is not scored.
+    sequence_length tokens, each of which begins as a prompt does; the first token of a window has
+    no context and is not scored.
     models, against: folders or hub ids that vLLM can load. dtype: of the activations; None is
     float32 on a CPU, the model's own elsewhere. top_logprobs: see metrics.compare.
     Raises: UserError for bad input, before the first engine starts where possible.
@@ -72,14 +73,14 @@ def evaluate(
     everything = [*models, against] if against else [*models]
     for model in everything:
         _validate(model)
-    tokens = [_tokenize(model, text) for model in everything]
-    for model, other in zip(everything, tokens, strict=True):
-        if other != tokens[0]:
+    tokenized = [_tokenize(model, text) for model in everything]
+    for model, other in zip(everything, tokenized, strict=True):
+        if other != tokenized[0]:
             raise UserError(
                 f"{models[0]} and {model} tokenize the text differently: their figures cannot be "
                 "compared"
             )
-    windows = cut_windows(tokens[0], sequence_length, max_tokens)
+    windows = cut_windows(*tokenized[0], sequence_length, max_tokens)
     from vllm.platforms import current_platform
 
     dtype = dtype or ("float32" if current_platform.is_cpu() else "auto")
@@ -144,22 +145,33 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def prompt_start(tokenizer: Any) -> list[int]:
+    """What a tokenizer of transformers puts before every prompt: BOS, or nothing."""
+    with_special, without = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    return list(with_special[: with_special.index(without[0])])
+
+
 def cut_windows(
-    tokens: list[int], sequence_length: int, max_tokens: int | None = None
+    start: list[int], tokens: list[int], sequence_length: int, max_tokens: int | None = None
 ) -> list[list[int]]:
     """Windows of sequence_length tokens, one after the other; a shorter end is left out.
 
+    start: what each begins with, see prompt_start: a model that was trained with BOS is lost
+    without it. tokens: of the text.
     Raises: UserError if there is not one whole window.
     """
     usable = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
-    starts = range(0, usable - sequence_length + 1, sequence_length)
+    body = sequence_length - len(start)
+    starts = range(0, usable - body + 1, body)
     if not starts:
         limit = "" if usable == len(tokens) else f" of which {usable} may be used"
         raise UserError(
             f"the text has {len(tokens)} tokens{limit}, fewer than one window of "
             f"{sequence_length}; give a longer text or a shorter --sequence-length"
         )
-    return [tokens[start : start + sequence_length] for start in starts]
+    return [start + tokens[first : first + body] for first in starts]
 
 
 class _Engine:
@@ -241,11 +253,13 @@ def _validate(model: str) -> None:
         validate_checkpoint(Path(model))
 
 
-def _tokenize(model: str, text: str) -> list[int]:
+def _tokenize(model: str, text: str) -> tuple[list[int], list[int]]:
+    """What prompts begin with, and the text."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"{model} has no tokenizer that loads: {_sentence(error)}") from error
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return prompt_start(tokenizer), list(ids)

@@ -134,6 +134,21 @@ class Architecture:
         )
 
     @property
+    def keeps_gains(self) -> bool:
+        """Whether norms before linears may keep gains: no rotation has to pass them."""
+        return bool(self.output_norms) and self.attention_norm is not None
+
+    @property
+    def keeps_final_gains(self) -> bool:
+        """Likewise the norm before the head."""
+        return bool(self.output_norms) and not self.layout.head_is_embedding
+
+    @property
+    def reading(self) -> tuple[Site, ...]:
+        """Those that read the residual stream: attention's input and the MLP's."""
+        return tuple(site for site in self.sites if site.reads_residual)
+
+    @property
     def mlps(self) -> tuple[tuple[tuple[str, ...], str], ...]:
         """Gate and up, and down, of the MLP or of every expert."""
         experts = self.layout.experts

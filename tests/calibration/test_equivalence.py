@@ -31,6 +31,8 @@ TOKENS = torch.randint(0, 512, (4, 48), generator=torch.Generator().manual_seed(
 PARTS = [
     "residual",
     "residual_order",
+    "residual_gains",
+    "final_gains",
     "residual_block_size",
     "keys",
     "values",

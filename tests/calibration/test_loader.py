@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file
-from tiny_models import make_tiny_llama
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
+from transformers import AutoTokenizer
 
-from calibration.loader import Original, load_original
+from calibration.loader import Original, load_original, put_bos
 from calibration.weights import LoadedWeights
 
 
@@ -51,3 +53,19 @@ def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
         LoadedWeights({"weight": torch.full((4,), value)}).fingerprint() for value in (1.0, 2.0)
     )
     assert one != other
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_bos_is_put_where_a_gguf_says_so(tmp_path: Path, says: bool | None) -> None:
+    writer = GGUFWriter(tmp_path / "tokenizer.gguf", "gemma3")
+    if says is not None:
+        writer.add_add_bos_token(says)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = make_tiny_tokenizer()
+    put_bos(tokenizer, tmp_path / "tokenizer.gguf")
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        starts = each("a")["input_ids"][0] == each.bos_token_id
+        assert starts == bool(says)

@@ -151,7 +151,7 @@ def test_what_does_not_help_changes_nothing(
 def test_experts_are_refined_too(settings: Settings, tmp_path: Path) -> None:
     """Scales of experts to which no token is routed stay; the names are those on disk."""
     source = make_tiny_experts(tmp_path / "model", "Mixtral")
-    settings = replace(settings, samples=8, refine=8)
+    settings = replace(settings, samples=32)
     report = quantize(str(source), tmp_path / "out", settings)
     assert report.refinement is not None and report.refinement.used
     validate_checkpoint(tmp_path / "out")

@@ -56,6 +56,7 @@ RECIPES: dict[str, Settings] = {
     "+ weight groups": PAPER,  # their size is the model's, see `settings_of`
     "offq": Settings(),
     "offq, weight groups": Settings(),
+    "offq, weight groups, refined": Settings(refine=128),
 }
 PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups")
 """Recipes that are measured with one part quantized alone, too."""

@@ -5,11 +5,9 @@ prompts, and is started anew in every round: what disturbs the machine then meet
 """
 
 import json
-import os
 import re
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
@@ -22,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from serving.load import Load, drive
 from serving.server import Server, serve
 from vllm_offq.kernels import OVERRIDE
 
@@ -136,29 +135,9 @@ def measure(
 def load(server: Server, workload: Workload, streams: int) -> Speed:
     """Drive a server with random prompts of one length, and replies of one length."""
     requests = streams * workload.requests
+    asked = Load(workload.input_len, workload.output_len, streams, requests, warm_up=streams)
     result = server.log.with_suffix(f".{streams}.json")
-    result.unlink(missing_ok=True)
-    command: list[str | Path] = [
-        *(Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend", "vllm"),
-        *("--base-url", server.url, "--model", NAME, "--tokenizer", workload.tokenizer),
-        *("--dataset-name", "random", "--seed", "0", "--temperature", "0", "--ignore-eos"),
-        *("--random-input-len", str(workload.input_len)),
-        *("--random-output-len", str(workload.output_len)),
-        *("--request-rate", "inf", "--max-concurrency", str(streams)),
-        *("--num-prompts", str(requests), "--num-warmups", str(streams)),
-        *("--save-result", "--result-dir", result.parent, "--result-filename", result.name),
-        "--disable-tqdm",
-    ]
-    log = result.with_suffix(".log")
-    with log.open("w") as output:
-        code = subprocess.call(
-            command, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        )
-    if code != 0 or not result.exists():
-        raise RuntimeError(f"`vllm bench serve` ended with exit code {code}: {log}")
-    numbers = json.loads(result.read_text())
-    if numbers["completed"] != requests:
-        raise RuntimeError(f"only {numbers['completed']} of {requests} requests completed: {log}")
+    numbers = drive(server.url, NAME, workload.tokenizer, asked, result)
     return Speed(**{field.name: numbers[field.name] for field in fields(Speed)})
 
 

@@ -19,7 +19,7 @@ from vllm_offq.quantizer import dequantize
 
 PIECE = 128
 """Tokens whose logits are held at once: the vocabulary is wide."""
-SCALE_RATE = 1e-3
+SCALE_RATE = 1.5e-3
 """Of Adam; a scale changes by at most about this share a step."""
 GAIN_RATE = 2e-3
 WARM_UP = 4
@@ -71,6 +71,7 @@ class Learning:
         growths = [weight.growth for weight in self._weights.values()]
         gains = [gain.requires_grad_() for gain in self._gains.values()]
         self._learned: list[Tensor] = [*growths, *gains]
+        self._mean = [torch.zeros_like(value) for value in self._learned]
         self._optimizer = torch.optim.Adam(
             [{"params": growths, "rate": SCALE_RATE}, {"params": gains, "rate": GAIN_RATE}],
             betas=(0.9, 0.95),
@@ -88,11 +89,17 @@ class Learning:
             group["lr"] = group["rate"] * self._share_of_rate()
         self._optimizer.step()
         self.done += 1
+        # Single steps are noisy; their mean over the second half is less so.
+        if (counted := self.done - self._steps // 2) > 0:
+            for mean, value in zip(self._mean, self._learned, strict=True):
+                mean.lerp_(value.detach(), 1 / counted)
         return found
 
     def result(self) -> dict[str, Tensor]:
-        """What replaces tensors of the checkpoint, in their dtypes; the model has it too."""
+        """After the last step: what replaces tensors of the checkpoint; the model has it too."""
         tensors = {}
+        for mean, value in zip(self._mean, self._learned, strict=True):
+            value.data.copy_(mean)
         for name, weight in self._weights.items():
             scale = weight.scale().detach().clamp(max=LARGEST_SCALE).half()
             tensors[f"{name}.{WEIGHT_SCALE}"] = scale
@@ -105,8 +112,8 @@ class Learning:
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs."""
         kept = {"done": torch.tensor(self.done)}
-        for number, value in enumerate(self._learned):
-            kept[f"{number}.value"] = value.detach()
+        for number, (value, mean) in enumerate(zip(self._learned, self._mean, strict=True)):
+            kept |= {f"{number}.value": value.detach(), f"{number}.mean": mean}
             for key, part in self._optimizer.state.get(value, {}).items():
                 kept[f"{number}.adam.{key}"] = part
         return kept
@@ -114,8 +121,9 @@ class Learning:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a state of the same run."""
         self.done = int(state["done"])
-        for number, value in enumerate(self._learned):
+        for number, (value, mean) in enumerate(zip(self._learned, self._mean, strict=True)):
             value.data.copy_(state[f"{number}.value"])
+            mean.copy_(state[f"{number}.mean"])
             prefix = f"{number}.adam."
             self._optimizer.state[value] = {
                 key.removeprefix(prefix): part

@@ -134,7 +134,7 @@ def constraints() -> Path:
 def install_project() -> None:
     step("installing this project, its development tools and the demo's model")
     # vLLM has just brought setuptools, so the build needs no environment of its own.
-    editable = ("--no-build-isolation", "-e", ".[calibration,dev]")
+    editable = ("--no-build-isolation", "-e", ".[calibration,eval,dev]")
     # Verbose, because pip keeps what a build says to itself otherwise.
     triton = f"triton=={TRITON}"  # instructions are counted as this one compiles
     need(pip("-v", "-c", constraints(), triton, *editable), "installing this project")

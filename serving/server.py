@@ -17,10 +17,11 @@ import httpx
 START_TIMEOUT = 600  # seconds; 60 to 90 are usual on two cores
 STOP_TIMEOUT = 20
 KV_CAPACITY = re.compile(r"KV cache size: ([\d,]+) tokens")
+CAUSE = re.compile(r"(?:(?:Error|vllm serve: error): |Value error, )(?!\d+ validation error)(.+)")
 
 
 class ServerError(Exception):
-    """The server did not start; the message names its log."""
+    """The server did not start, or did not answer; the message names the log that says more."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ class Server:
 
 @contextmanager
 def serve(
-    model: Path, log: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    model: Path, log: Path, *arguments: str, environment: Mapping[str, str | None] | None = None
 ) -> Iterator[Server]:
     """Serve a model folder on a free local port, without reaching for the network.
 
-    arguments: further ones of `vllm serve`. environment: overrides what is set here.
+    arguments: further ones of `vllm serve`. environment: overrides what is set here; None
+    unsets.
     Raises: ServerError if it does not start.
     """
     port = _free_port()
@@ -52,7 +54,7 @@ def serve(
         *("--host", "127.0.0.1", "--port", str(port)),
         *arguments,
     ]
-    environment = {
+    variables = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_LOGGING_LEVEL": "INFO",  # the KV capacity is read from the log
@@ -67,7 +69,7 @@ def serve(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={name: value for name, value in variables.items() if value is not None},
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", log)
@@ -88,7 +90,12 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> Non
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ServerError(f"vllm serve ended with exit code {process.returncode}: {server.log}")
+            cause = cause_of_failure(server.log.read_text(errors="replace"))
+            raise ServerError(
+                f"vllm serve ended with exit code {process.returncode}"
+                + (f" ({cause})" if cause else "")
+                + f": {server.log}"
+            )
         try:
             if httpx.get(f"{server.url}/health", timeout=5).is_success:
                 return
@@ -98,11 +105,21 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> Non
     raise ServerError(f"vllm serve did not start within {START_TIMEOUT} s: {server.log}")
 
 
+def cause_of_failure(log: str) -> str:
+    """The first error in a server's log; those after it are what came of it."""
+    errors = (line for line in log.splitlines(keepends=True) if " WARNING " not in line)
+    found = CAUSE.search("".join(errors))
+    # pydantic puts all that it was given behind its sentence.
+    return found[1].partition(" [type=")[0].strip() if found else ""
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Let vLLM end its processes by itself, then kill whatever is left of the group."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_TIMEOUT)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT)
+    finally:  # a second Ctrl-C ends the waiting, not the killing
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()

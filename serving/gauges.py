@@ -1,0 +1,64 @@
+"""What a vLLM server says of itself at /metrics."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+PERIOD = 0.25  # seconds between two looks at what is not counted up
+
+
+def read(text: str, name: str) -> float:
+    """The sum of a metric's values over its labels, from Prometheus's text format."""
+    lines = (line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} ")))
+    return sum(float(line.rsplit(maxsplit=1)[1]) for line in lines)
+
+
+@dataclass
+class Watch:
+    """What happened while a server was watched; complete after the `with` block."""
+
+    kv_cache_peak: float = 0.0
+    """Largest share of the cache in use."""
+    preemptions: float = 0.0
+    """Requests that had to give their cache back and were calculated anew."""
+    prefix_queries: float = 0.0
+    """Prompt tokens that were looked up in the prefix cache."""
+    prefix_hits: float = 0.0
+
+
+COUNTERS = {
+    "preemptions": "vllm:num_preemptions_total",
+    "prefix_queries": "vllm:prefix_cache_queries_total",
+    "prefix_hits": "vllm:prefix_cache_hits_total",
+}
+
+
+@contextmanager
+def watch(url: str) -> Iterator[Watch]:
+    """Look at a server's metrics before, during and after the block."""
+    with httpx.Client(base_url=url, timeout=30) as client:
+        found, finished = Watch(), threading.Event()
+
+        def scrape() -> str:
+            text = client.get("/metrics").raise_for_status().text
+            found.kv_cache_peak = max(found.kv_cache_peak, read(text, "vllm:kv_cache_usage_perc"))
+            return text
+
+        def keep_looking() -> None:
+            while not finished.wait(PERIOD):
+                scrape()
+
+        before = scrape()
+        thread = threading.Thread(target=keep_looking, daemon=True)
+        thread.start()
+        try:
+            yield found
+        finally:
+            finished.set()
+            thread.join()
+        after = scrape()
+        for name, metric in COUNTERS.items():
+            setattr(found, name, read(after, metric) - read(before, metric))

@@ -1,0 +1,190 @@
+"""What clients ask of a served checkpoint, and how the server takes what they should not do.
+
+One small server for all: its cache holds 20 to 40 short requests, 64 are sent.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import openai
+import pytest
+from openai import OpenAI
+from vllm_server import metric, serve_tiny
+
+from serving.server import STOP_TIMEOUT, Server
+
+pytestmark = pytest.mark.slow
+
+CONTEXT = 256
+BLOCKS = 40
+BLOCK_SIZE = 32
+QUESTION = [{"role": "user", "content": "What is a cache?"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"enum": [1, 2, 3]}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[ExitStack]:
+    """What ends the server when it is closed."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def server(
+    running: ExitStack, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Server:
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(CONTEXT)]
+    options += ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK_SIZE)]
+    options += ["--max-num-seqs", "64"]
+    # A random model would put spaces between the parts of an object for ever.
+    structured = {"backend": "xgrammar", "disable_any_whitespace": True}
+    options += ["--structured-outputs-config", json.dumps(structured)]
+    return running.enter_context(
+        serve_tiny(checkpoint, tmp_path_factory.mktemp("clients"), *options)
+    )
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def complete(client: OpenAI, prompt: str, max_tokens: int = 16) -> str:
+    """A greedy completion."""
+    reply = client.completions.create(
+        model="tiny",
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    return reply.choices[0].text
+
+
+def test_stream_is_the_answer_in_parts(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny", messages=QUESTION, max_tokens=12, temperature=0, stream=True
+    )
+    parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    whole = client.chat.completions.create(
+        model="tiny", messages=QUESTION, max_tokens=12, temperature=0
+    )
+    assert len(parts) > 2
+    assert "".join(parts) == whole.choices[0].message.content
+
+
+def test_logprobs_of_the_likeliest_tokens(client: OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=QUESTION,
+        max_tokens=3,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=4,
+    )
+    assert reply.choices[0].logprobs is not None
+    for token in reply.choices[0].logprobs.content or []:
+        others = [other.logprob for other in token.top_logprobs]
+        assert len(others) == 4
+        assert token.logprob == max(others)
+
+
+def test_answer_follows_a_json_schema(client: OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=QUESTION,
+        max_tokens=64,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "c", "schema": SCHEMA}},
+    )
+    found = json.loads(reply.choices[0].message.content or "")
+    assert found.keys() == {"colour", "count"}
+    assert found["colour"] in ("red", "blue")
+    assert found["count"] in (1, 2, 3)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(server: Server) -> None:
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 4}
+    command = ["curl", "--silent", "--fail", f"{server.url}/v1/chat/completions"]
+    command += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    said = subprocess.run(command, check=True, capture_output=True).stdout
+    assert json.loads(said)["usage"]["completion_tokens"] > 0
+
+
+def test_langchain(server: Server) -> None:
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    chat = langchain.ChatOpenAI(
+        model="tiny", base_url=f"{server.url}/v1", api_key="none", max_tokens=4, temperature=0
+    )
+    assert chat.invoke("What is a cache?").usage_metadata["output_tokens"] > 0
+    assert sum(1 for _ in chat.stream("What is a cache?")) > 1
+
+
+def test_prompt_beyond_the_context_is_refused(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=str(CONTEXT)) as refusal:
+        complete(client, "A cache keeps what was computed once. " * 100)
+    assert refusal.value.status_code == 400
+
+
+def test_server_goes_on_after_an_aborted_stream(server: Server, client: OpenAI) -> None:
+    expected = complete(client, "The quick brown fox")
+    with client.completions.create(
+        model="tiny",
+        prompt="The quick brown fox",
+        max_tokens=CONTEXT - 32,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ) as stream:
+        next(iter(stream))
+    deadline = time.monotonic() + 30
+    while metric(server, "vllm:num_requests_running") > 0:
+        assert time.monotonic() < deadline, "the server goes on with what nobody reads"
+        time.sleep(0.1)
+    assert complete(client, "The quick brown fox") == expected
+
+
+def test_more_requests_than_the_cache_holds(server: Server, client: OpenAI) -> None:
+    """Some are preempted and calculated anew, and nobody notices by the answers."""
+    prompts = [f"In {1900 + year} people flew to the moon" for year in range(64)]
+    quiet = [complete(client, prompt, 40) for prompt in prompts]
+    before = metric(server, "vllm:num_preemptions_total")
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: complete(client, prompt, 40), prompts))
+    assert metric(server, "vllm:num_preemptions_total") > before
+    assert answers == quiet
+
+
+def test_sigterm_ends_a_server_that_streams(
+    running: ExitStack, server: Server, client: OpenAI
+) -> None:
+    """The last test here: it ends the server of the others."""
+    stream = client.completions.create(
+        model="tiny",
+        prompt="The quick brown fox",
+        max_tokens=CONTEXT - 32,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    reader = threading.Thread(target=lambda: list(stream), daemon=True)
+    reader.start()
+    began = time.monotonic()
+    running.close()
+    assert time.monotonic() - began < STOP_TIMEOUT / 2, "it had to be killed"
+    assert re.search("[Ss]hut", server.log.read_text(errors="replace"))
+    with pytest.raises(openai.APIConnectionError):
+        complete(client, "The quick brown fox")

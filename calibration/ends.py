@@ -16,35 +16,23 @@ from vllm_offq.format import (
 )
 
 
-def write_embedding(
+def write_end(
+    path: str,
     weight: Tensor,
     architecture: Architecture,
     config: CheckpointConfig,
     writer: CheckpointWriter,
     dtype: torch.dtype,
 ) -> None:
-    """weight: [vocabulary, n], rotated; dtype: of what stays unquantized."""
-    path = architecture.embedding
-    if config.embedding is None:
+    """Add one end to the writer, in 8 bits where the configuration says so.
+
+    path: the embedding's or the head's; weight: [vocabulary, n], rotated, of the head with the
+    final norm's gain; dtype: of what stays unquantized.
+    """
+    is_head = path == architecture.head
+    if (config.head if is_head else config.embedding) is None:
         writer.add(f"{path}.weight", weight.to(dtype))
         return
-    codes, scale = round_rows(weight, EMBEDDING_CODE_MAX)
-    writer.add(f"{path}.{WEIGHT_PACKED}", codes)
-    writer.add(f"{path}.{WEIGHT_SCALE}", scale)
-
-
-def write_head(
-    weight: Tensor,
-    architecture: Architecture,
-    config: CheckpointConfig,
-    writer: CheckpointWriter,
-    dtype: torch.dtype,
-) -> None:
-    """weight: [vocabulary, n], rotated, with the final norm's gain; dtype: as above."""
-    path = architecture.head
-    if config.head is None:
-        writer.add(f"{path}.weight", weight.to(dtype))
-        return
-    codes, scale = round_rows(weight, HEAD_CODE_MAX)
-    writer.add(f"{path}.{WEIGHT_PACKED}", pack_int8(codes))
+    codes, scale = round_rows(weight, HEAD_CODE_MAX if is_head else EMBEDDING_CODE_MAX)
+    writer.add(f"{path}.{WEIGHT_PACKED}", pack_int8(codes) if is_head else codes)
     writer.add(f"{path}.{WEIGHT_SCALE}", scale)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import vllm_offq
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
-from calibration.ends import write_embedding, write_head
+from calibration.ends import write_end
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import BlockInputs, block_inputs, instrument
 from calibration.loader import Original, load_original
@@ -189,16 +189,15 @@ class _Run:
                 inputs = block_inputs(model, architecture, tokens[:batch_size], batch_size)
                 return Streams.from_tensors(hidden, inputs.arguments)
             inputs = block_inputs(model, architecture, tokens, batch_size)
-            write_embedding(
-                embedding.weight,  # type: ignore[arg-type]
-                architecture,
-                self.config,
-                self.writer,
-                self.dtype,
-            )
+            self.write_end(architecture.embedding, embedding)
         if self.settings.rounding == "rtn" or self.settings.gptq_inputs == "original":
             return Streams(inputs, None)
         return Streams(inputs, BlockInputs(list(inputs.hidden), inputs.arguments))
+
+    def write_end(self, path: str, module: nn.Module) -> None:
+        """Embedding or head."""
+        weight, architecture = module.get_parameter("weight"), self.original.architecture
+        write_end(path, weight, architecture, self.config, self.writer, self.dtype)
 
     def quantize_layer(self, index: int, rotations: Rotations, streams: Streams) -> None:
         """One block, from the original's weights to codes in the writer."""
@@ -251,7 +250,7 @@ class _Run:
             for name, parameter in final_norm.named_parameters():
                 writer.add(f"{architecture.final_norm}.{name}", parameter.to(self.dtype))
             if head is not None:
-                write_head(head.weight, architecture, self.config, writer, self.dtype)
+                self.write_end(architecture.head, head)
         hf_config = original.model.config
         hf_config.architectures = [architecture.name]
         hf_config.tie_word_embeddings = tied  # else only the head takes the final norm's gain

@@ -13,10 +13,10 @@ help: ## show this list
 demo: $(READY) ## quantize a real model, serve it, compare its answer with the original's
 	$(BIN)/python -m serving.demo
 
-test: $(READY) ## run all tests (under 30 minutes on two cores)
+test: $(READY) ## run all tests (about half an hour on two cores)
 	$(BIN)/python -m pytest
 
-check: $(READY) ## lint, types and the fast tests (under 3 minutes)
+check: $(READY) ## lint, types and the fast tests (a few minutes)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)/* tests/kernels/cpu/* benchmarks/*.cpp

@@ -58,7 +58,7 @@ def refine(
             divergence(model, original.model, architecture, batch) * len(batch)
             for batch in held_aside.split(batch_size)
         ]
-        return sum(parts) / len(held_aside)
+        return _finite(sum(parts) / len(held_aside))
 
     with original.loaded(""), progress("refining", steps, unit="step") as advance:
         before = judge()
@@ -68,12 +68,7 @@ def refine(
             advance(learning.done)
         batches = list(_batches(tokens, batch_size, steps, settings.seed))
         for batch in batches[learning.done :]:
-            found = learning.step(batch)
-            if not math.isfinite(found):
-                raise UserError(
-                    f"--refine: the predictions are no longer finite after {learning.done} steps; "
-                    "quantize without it"
-                )
+            _finite(learning.step(batch))
             advance()
             if learning.done % SAVE_EVERY == 0:
                 saved.save(STATE, learning.state())
@@ -82,6 +77,12 @@ def refine(
     used = after < before
     result = Refinement(steps=steps, before=before, after=after, used=used)
     return (learned if used else {}), result
+
+
+def _finite(divergence: float) -> float:
+    if not math.isfinite(divergence):
+        raise UserError("--refine: the predictions are not finite; quantize without it")
+    return divergence
 
 
 def _batches(tokens: Tensor, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:

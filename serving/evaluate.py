@@ -23,7 +23,7 @@ from vllm_offq.errors import UserError
 
 WORK = Path("build/evaluate")  # the servers' logs
 ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-"""vLLM keeps a core for its API server, which has next to nothing to do here (3%, measured)."""
+"""vLLM keeps a core for its API server, which has next to nothing to do here."""
 
 
 def tabulate(rows: Sequence[Row]) -> Table:

@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_offq.config import OffQConfig
-from vllm_offq.kernels import backend
+from vllm_offq.kernels import backend_name
 from vllm_offq.kernels.reference import kv_page_bytes
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def facts(vllm_config: VllmConfig, quant_config: OffQConfig) -> dict[str, str]:
         kv_bytes = str(page * model.get_total_num_kv_heads() * layers)
     return {
         "recipe": checkpoint.recipe,
-        "kernels": backend().__name__.rpartition(".")[2],
+        "kernels": backend_name(),
         "weight_bits": str(checkpoint.weights.bits),
         "activation_bits": "/".join(sorted({str(s.bits) for s in checkpoint.sites.values()})),
         "head_bits": str(checkpoint.head.bits if checkpoint.head else 16),

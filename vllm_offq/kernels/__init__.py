@@ -76,26 +76,13 @@ BACKENDS: dict[str, Backend] = {
 
 @cache
 def backend() -> ModuleType:
-    """The kernels of this process: the first usable ones of those for this machine, or those that
-    VLLM_OFFQ_KERNELS names.
+    """The kernels of this process, those of `backend_name`.
 
     Says once in the log which, and what keeps faster ones from being used.
     Raises: UserError if VLLM_OFFQ_KERNELS names none that this machine can run.
     """
-    obstacles = {name: entry.why_not() for name, entry in BACKENDS.items()}
-    usable = [name for name, obstacle in obstacles.items() if obstacle is None]
-    override = os.environ.get(OVERRIDE)
-    has_gpu = torch.cuda.is_available()
-    suited = [name for name, entry in BACKENDS.items() if entry.for_gpu in (None, has_gpu)]
-    name = override or next(name for name in suited if name in usable)
-    if name not in usable:
-        reason = f": they {obstacles[name]}" if name in obstacles else ""
-        raise UserError(
-            f"{OVERRIDE}={name} is not available here{reason}; unset it or choose from "
-            + ", ".join(usable)
-        )
-    fastest = suited[0]
-    if override or name == fastest:
+    name, fastest = backend_name(), _suited()[0]
+    if name == fastest or os.environ.get(OVERRIDE):
         logger.info("OffQ uses the %s kernels", name)
     else:
         logger.warning(
@@ -103,6 +90,30 @@ def backend() -> ModuleType:
             name,
             BACKENDS[name].speed,
             fastest,
-            obstacles[fastest],
+            BACKENDS[fastest].why_not(),
         )
     return import_module(BACKENDS[name].module)
+
+
+def backend_name() -> str:
+    """The first usable kernels of those for this machine, or those that VLLM_OFFQ_KERNELS names.
+
+    They are not imported, which would compile some.
+    Raises: UserError if VLLM_OFFQ_KERNELS names none that this machine can run.
+    """
+    obstacles = {name: entry.why_not() for name, entry in BACKENDS.items()}
+    usable = [name for name, obstacle in obstacles.items() if obstacle is None]
+    override = os.environ.get(OVERRIDE)
+    name = override or next(name for name in _suited() if name in usable)
+    if name not in usable:
+        reason = f": they {obstacles[name]}" if name in obstacles else ""
+        raise UserError(
+            f"{OVERRIDE}={name} is not available here{reason}; unset it or choose from "
+            + ", ".join(usable)
+        )
+    return name
+
+
+def _suited() -> list[str]:
+    has_gpu = torch.cuda.is_available()
+    return [name for name, entry in BACKENDS.items() if entry.for_gpu in (None, has_gpu)]

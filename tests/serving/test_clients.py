@@ -4,14 +4,13 @@ One small server for all: its cache holds 20 to 40 short requests, 64 are sent.
 """
 
 import json
-import re
 import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import openai
@@ -48,7 +47,8 @@ def server(
 ) -> Server:
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(CONTEXT)]
     options += ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK_SIZE)]
-    options += ["--max-num-seqs", "64"]
+    # Without a timeout vLLM 0.32 may kill its engine and then wait for the streams to end for ever.
+    options += ["--max-num-seqs", "64", "--shutdown-timeout", "15"]
     # A random model would put spaces between the parts of an object for ever.
     structured = {"backend": "xgrammar", "disable_any_whitespace": True}
     options += ["--structured-outputs-config", json.dumps(structured)]
@@ -171,24 +171,26 @@ def test_more_requests_than_the_cache_holds(server: Server, client: OpenAI) -> N
 def test_sigterm_ends_a_server_that_streams(
     running: ExitStack, server: Server, client: OpenAI
 ) -> None:
-    """The last test here: it ends the server of the others."""
+    """The last test here: it ends the server of the others, which answers to the end first."""
     stream = client.completions.create(
         model="tiny",
         prompt="The quick brown fox",
-        max_tokens=CONTEXT - 32,
+        max_tokens=64,
         stream=True,
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
+    reasons: list[str | None] = []
 
     def read_on() -> None:
-        with suppress(openai.APIError):  # the server says that it ends
-            list(stream)
+        reasons.extend(chunk.choices[0].finish_reason for chunk in stream if chunk.choices)
 
-    threading.Thread(target=read_on, daemon=True).start()
+    reader = threading.Thread(target=read_on, daemon=True)
+    reader.start()
     began = time.monotonic()
     running.close()
-    assert time.monotonic() - began < STOP_TIMEOUT / 2, "it had to be killed"
-    assert re.search("[Ss]hut", server.log.read_text(errors="replace"))
+    assert time.monotonic() - began < STOP_TIMEOUT, "it had to be killed"
+    reader.join(5)
+    assert reasons[-1] == "length"
     with pytest.raises(openai.APIConnectionError):
         complete(client, "The quick brown fox")

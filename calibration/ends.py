@@ -1,10 +1,14 @@
 """Both ends of a model in the checkpoint: the token embedding and the output head."""
 
-import torch
-from torch import Tensor
+from typing import Literal
 
-from calibration.architectures import Architecture
-from calibration.gptq import round_rows
+import torch
+from torch import Tensor, nn
+
+from calibration.gptq import ROWS_AT_ONCE, round_rows, round_to_nearest
+from calibration.moments import SiteMoments
+from calibration.quantize_block import Streams, round_weight
+from calibration.settings import Settings
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.format import (
     EMBEDDING_CODE_MAX,
@@ -12,27 +16,79 @@ from vllm_offq.format import (
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     CheckpointConfig,
+    pack_int4,
     pack_int8,
 )
 
 
-def write_end(
-    path: str,
+def write_embedding(
+    name: str,
     weight: Tensor,
-    architecture: Architecture,
     config: CheckpointConfig,
     writer: CheckpointWriter,
     dtype: torch.dtype,
 ) -> None:
-    """Add one end to the writer, in 8 bits where the configuration says so.
+    """Add the embedding to the writer. weight: [vocabulary, n], rotated; dtype: if in 16 bit."""
+    embedding = config.embedding
+    if embedding is None:
+        writer.add(f"{name}.weight", weight.to(dtype))
+    elif embedding.bits == 8:
+        _write(name, *round_rows(weight, EMBEDDING_CODE_MAX), None, writer)
+    else:
+        equal = torch.ones(weight.shape[1])  # nothing is known of what a row is multiplied with
+        parts = [
+            round_to_nearest(rows, equal, embedding.group_size)
+            for rows in weight.split(ROWS_AT_ONCE)
+        ]
+        codes, scales = map(torch.cat, zip(*parts, strict=True))
+        _write(name, codes, scales, 4, writer)
 
-    path: the embedding's or the head's; weight: [vocabulary, n], rotated, of the head with the
-    final norm's gain; dtype: of what stays unquantized.
+
+def head_inputs(
+    final_norm: nn.Module, streams: Streams, config: CheckpointConfig
+) -> SiteMoments | None:
+    """Of what reaches the head when both streams have passed all blocks; None: it needs none."""
+    if config.head is None or config.head.bits == 8:
+        return None
+    original, quantized = streams.original, streams.quantized or streams.original
+    width = original.hidden[0].shape[-1]
+    num_tokens = sum(batch.shape[:-1].numel() for batch in original.hidden)
+    moments = SiteMoments(width, config.head.site, num_tokens, corrects=False)
+    for x, on_grid in zip(original.hidden, quantized.hidden, strict=True):
+        moments.add(final_norm(x), final_norm(on_grid))
+    moments.finish()
+    return moments
+
+
+def write_head(
+    name: str,
+    weight: Tensor,
+    inputs: SiteMoments | None,
+    settings: Settings,
+    config: CheckpointConfig,
+    writer: CheckpointWriter,
+    dtype: torch.dtype,
+) -> None:
+    """Add the head to the writer.
+
+    weight: [vocabulary, n], rotated, with the final norm's gain; inputs: needed for 4 bits, see
+    head_inputs; dtype: if in 16 bit.
     """
-    is_head = path == architecture.head
-    if (config.head if is_head else config.embedding) is None:
-        writer.add(f"{path}.weight", weight.to(dtype))
-        return
-    codes, scale = round_rows(weight, HEAD_CODE_MAX if is_head else EMBEDDING_CODE_MAX)
-    writer.add(f"{path}.{WEIGHT_PACKED}", pack_int8(codes) if is_head else codes)
-    writer.add(f"{path}.{WEIGHT_SCALE}", scale)
+    head = config.head
+    if head is None:
+        writer.add(f"{name}.weight", weight.to(dtype))
+    elif head.bits == 8:
+        _write(name, *round_rows(weight, HEAD_CODE_MAX), 8, writer)
+    else:
+        assert inputs is not None
+        codes, scales = round_weight(weight, inputs, settings, head.weight_group_size)
+        _write(name, codes, scales, 4, writer)
+
+
+def _write(
+    name: str, codes: Tensor, scales: Tensor, packed: Literal[4, 8] | None, writer: CheckpointWriter
+) -> None:
+    if packed is not None:
+        codes = pack_int4(codes) if packed == 4 else pack_int8(codes)
+    writer.add(f"{name}.{WEIGHT_PACKED}", codes)
+    writer.add(f"{name}.{WEIGHT_SCALE}", scales)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 128
 ROWS_AT_ONCE = 4096
-"""Of a head, whose temporary copies would otherwise be the largest tensors of a run."""
+"""Of a weight: copies of a whole head would be the largest tensors of a run."""
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a fraction of its mean."""
 
@@ -62,14 +62,18 @@ def gptq(
     damped, inverse_factor = factor(hessian)
     if correction is not None:
         weight = correction.apply(weight, inverse_factor)
-    codes, scales = _round_in_order(
-        weight, damped.diagonal().float(), inverse_factor.float(), group_size or weight.shape[1]
-    )
-    metric = damped.float()
-    for _ in range(refits):
-        scales = fit_scales(weight, codes, scales, metric)
-        codes = descend(weight, codes, scales, metric)
-    return codes.to(torch.int8), scales.half()
+    metric, inverse_factor = damped.float(), inverse_factor.float()
+    parts = []
+    for rows in weight.split(ROWS_AT_ONCE):
+        codes, scales = _round_in_order(
+            rows, metric.diagonal(), inverse_factor, group_size or weight.shape[1]
+        )
+        for _ in range(refits):
+            scales = fit_scales(rows, codes, scales, metric)
+            codes = descend(rows, codes, scales, metric)
+        parts.append((codes.to(torch.int8), scales.half()))
+    codes, scales = map(torch.cat, zip(*parts, strict=True))
+    return codes, scales
 
 
 def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:

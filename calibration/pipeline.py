@@ -1,6 +1,5 @@
 """`quantize`: a Hugging Face model in, an OffQ checkpoint out."""
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 import vllm_offq
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
-from calibration.ends import write_end
+from calibration.ends import head_inputs, write_embedding, write_head
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import BlockInputs, block_inputs, instrument
 from calibration.loader import Original, load_original
 from calibration.model_card import model_card
-from calibration.plan import plan
+from calibration.plan import expected_bytes, plan, stored_dtype
 from calibration.progress import Progress, no_progress
 from calibration.quantize_block import SHOWN_SITE, Streams, quantize_block
 from calibration.record import Record
@@ -30,7 +29,6 @@ from calibration.survey import survey
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
 from vllm_offq.format import CheckpointConfig
-from vllm_offq.manifest import expected_tensors
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at once."""
@@ -63,14 +61,14 @@ def quantize(
     with progress("opening the model", 1):
         original = load_original(source)
     config = plan(original.model.config, original.architecture, settings)
-    dtype = _stored_dtype(settings, original)
+    dtype = stored_dtype(settings, original)
     original_bytes = original.num_bytes
     continues = bool(resume) and unfinished(out)
     writer = CheckpointWriter(
         out,
         overwrite=overwrite,
         resume=continues,
-        expected_bytes=_expected_bytes(original, config, dtype),
+        expected_bytes=expected_bytes(original, config, dtype),
     )
     with torch.no_grad(), writer:
         saved = SavedRun(writer, _fingerprint(original, settings), continues)
@@ -119,7 +117,7 @@ class _Run:
                 saved.commit()
                 saved.drop(_hidden(index))
         with self.progress("writing the rest", 1):
-            self.write_rest(rotations)
+            self.write_rest(rotations, streams)
         if self.settings.refine:
             learned, refinement = refine(
                 original,
@@ -189,15 +187,16 @@ class _Run:
                 inputs = block_inputs(model, architecture, tokens[:batch_size], batch_size)
                 return Streams.from_tensors(hidden, inputs.arguments)
             inputs = block_inputs(model, architecture, tokens, batch_size)
-            self.write_end(architecture.embedding, embedding)
+            write_embedding(
+                architecture.embedding,
+                embedding.get_parameter("weight"),
+                self.config,
+                self.writer,
+                self.dtype,
+            )
         if self.settings.rounding == "rtn" or self.settings.gptq_inputs == "original":
             return Streams(inputs, None)
         return Streams(inputs, BlockInputs(list(inputs.hidden), inputs.arguments))
-
-    def write_end(self, path: str, module: nn.Module) -> None:
-        """Embedding or head."""
-        weight, architecture = module.get_parameter("weight"), self.original.architecture
-        write_end(path, weight, architecture, self.config, self.writer, self.dtype)
 
     def quantize_layer(self, index: int, rotations: Rotations, streams: Streams) -> None:
         """One block, from the original's weights to codes in the writer."""
@@ -239,7 +238,7 @@ class _Run:
             grid.symmetric,
         )
 
-    def write_rest(self, rotations: Rotations) -> None:
+    def write_rest(self, rotations: Rotations, streams: Streams) -> None:
         """Final norm, head, configuration, tokenizer, generation config, model card."""
         original, writer = self.original, self.writer
         architecture, tied = original.architecture, original.architecture.layout.head_is_embedding
@@ -250,7 +249,16 @@ class _Run:
             for name, parameter in final_norm.named_parameters():
                 writer.add(f"{architecture.final_norm}.{name}", parameter.to(self.dtype))
             if head is not None:
-                self.write_end(architecture.head, head)
+                inputs = head_inputs(final_norm, streams, self.config)
+                write_head(
+                    architecture.head,
+                    head.weight,
+                    inputs,
+                    self.settings,
+                    self.config,
+                    writer,
+                    self.dtype,
+                )
         hf_config = original.model.config
         hf_config.architectures = [architecture.name]
         hf_config.tie_word_embeddings = tied  # else only the head takes the final norm's gain
@@ -269,23 +277,6 @@ def _fingerprint(original: Original, settings: Settings) -> dict[str, Any]:
         "weights": original.weights.fingerprint(),
         "program": vllm_offq.__version__,
     }
-
-
-def _expected_bytes(original: Original, config: CheckpointConfig, dtype: torch.dtype) -> int:
-    model_config = original.model.config.to_dict() | {
-        "architectures": [original.architecture.name],
-        "tie_word_embeddings": original.architecture.layout.head_is_embedding,
-    }
-    return sum(
-        math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize
-        for spec in expected_tensors(model_config, config).values()
-    )
-
-
-def _stored_dtype(settings: Settings, original: Original) -> torch.dtype:
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)
-    return torch.bfloat16 if original.dtype == torch.float32 else original.dtype
 
 
 def _batch_size(samples: int, sequence_length: int) -> int:

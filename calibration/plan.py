@@ -1,10 +1,14 @@
 """From model, recipe and settings to the checkpoint's configuration: sizes that fit, or refusal."""
 
+import math
 from typing import Any, Literal
+
+import torch
 
 import vllm_offq
 from calibration.architectures import Architecture
 from calibration.architectures.base import Site, head_size
+from calibration.loader import Original
 from calibration.settings import RECIPES, Settings
 from vllm_offq.errors import UserError
 from vllm_offq.format import (
@@ -17,6 +21,7 @@ from vllm_offq.format import (
     SiteConfig,
     WeightConfig,
 )
+from vllm_offq.manifest import expected_tensors
 from vllm_offq.rotation import hadamard_core
 
 DEFAULT_SIZES = (128, 64)
@@ -87,16 +92,22 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
 
     sites: dict[str, SiteConfig] = {site.name: site_config(site) for site in architecture.sites}
     head = None
-    if settings.head_bits == "8" and not architecture.layout.head_is_embedding:
-        head = HeadConfig(bits=8, group_size=sites["attention_input"].group_size)
+    if settings.head_bits != "16" and not architecture.layout.head_is_embedding:
+        head = HeadConfig(
+            bits=4 if settings.head_bits == "4" else 8,
+            group_size=sites["attention_input"].group_size,
+        )
     embedding = None
-    if settings.embedding_bits == "8":
+    if settings.embedding_bits != "16":
         if not architecture.layout.quantizes_embedding:
             raise UserError(
-                f"--embedding-bits 8 is not supported for {architecture.name}, whose embedding "
-                "vLLM keeps in 16 bit; leave it out"
+                f"--embedding-bits {settings.embedding_bits} is not supported for "
+                f"{architecture.name}, whose embedding vLLM keeps in 16 bit; leave it out"
             )
         embedding = EmbeddingConfig(bits=8)
+        if settings.embedding_bits == "4":
+            size = sites["attention_input"].group_size
+            embedding = EmbeddingConfig(bits=4, group_size=size)
     kv_cache = None
     if settings.kv_bits == "4":
         kv_cache = KVCacheConfig(
@@ -118,6 +129,25 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         ignore=[_last(site.router) for site in architecture.sites if site.router]
         + ([] if head else [architecture.head]),
     )
+
+
+def expected_bytes(original: Original, config: CheckpointConfig, dtype: torch.dtype) -> int:
+    """Of the checkpoint's tensors. dtype: of what stays unquantized."""
+    model_config = original.model.config.to_dict() | {
+        "architectures": [original.architecture.name],
+        "tie_word_embeddings": original.architecture.layout.head_is_embedding,
+    }
+    return sum(
+        math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize
+        for spec in expected_tensors(model_config, config).values()
+    )
+
+
+def stored_dtype(settings: Settings, original: Original) -> torch.dtype:
+    """Of what stays unquantized."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return torch.bfloat16 if original.dtype == torch.float32 else original.dtype
 
 
 def _refuse_variants(model_config: Any, architecture: Architecture) -> None:

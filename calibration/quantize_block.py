@@ -115,7 +115,7 @@ def quantize_block(
         stacked = torch.cat([linear.weight for linear in linears.values()])
         rows = [len(linear.weight) for linear in linears.values()]
         try:
-            codes, scales = round_weight(stacked, moments, settings)
+            codes, scales = round_weight(stacked, moments, settings, settings.weight_group_size)
         except UserError as error:
             raise UserError(f"{what}: {error}") from None
         parts = zip(linears.items(), codes.split(rows), scales.split(rows), strict=True)
@@ -204,9 +204,10 @@ def _collect(
     set_grids(layer, architecture, None)
 
 
-def round_weight(weight: Tensor, moments: SiteMoments, settings: Settings) -> tuple[Tensor, Tensor]:
+def round_weight(
+    weight: Tensor, moments: SiteMoments, settings: Settings, group_size: int | None
+) -> tuple[Tensor, Tensor]:
     """Codes and scales as the settings ask for them; see gptq."""
-    group_size = settings.weight_group_size
     if settings.rounding == "rtn":
         return round_to_nearest(weight, moments.hessian.diagonal(), group_size)
     return gptq(

@@ -13,8 +13,8 @@ Rounding = Literal["gptq", "rtn"]
 Basis = Literal["auto", "top-1", "all", "sink", "permutation"]
 ActivationBits = Literal["4", "8"]
 KVBits = Literal["4", "16"]
-HeadBits = Literal["8", "16"]
-EmbeddingBits = Literal["8", "16"]
+HeadBits = Literal["4", "8", "16"]
+EmbeddingBits = Literal["4", "8", "16"]
 HeadBasis = Literal["principal", "hadamard"]
 GPTQInputs = Literal["original", "quantized", "corrected"]
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -67,7 +67,7 @@ class Settings:
     activation_bits: ActivationBits = "4"
     kv_bits: KVBits = "4"
     head_bits: HeadBits = "8"
-    """Of the output head's weights, and of its input where they are 8."""
+    """Of the output head's weights; its input has 8 where they have fewer than 16."""
     embedding_bits: EmbeddingBits = "16"
     calibration: tuple[str, ...] = (SELF,)
     """Values of --calibration, SOURCE or SOURCE=WEIGHT."""

@@ -4,7 +4,7 @@ The reference for what a server must answer, and the quick way to measure a reci
 grid and rotations as vllm_offq.kernels.reference, in the Hugging Face classes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -82,7 +82,11 @@ def simulated_model(
     separate_experts(model, architecture)
     model.requires_grad_(False)
     instrument(model, architecture)
-    unpacks = {architecture.head: unpack_int8, architecture.embedding: lambda codes: codes}
+    unpacks: dict[str, Callable[[Tensor], Tensor]] = {}
+    if config.head is not None and config.head.bits == 8:
+        unpacks[architecture.head] = unpack_int8
+    if config.embedding is not None and config.embedding.bits == 8:
+        unpacks[architecture.embedding] = lambda codes: codes
     loaded = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The token embedding in 8 bits: which layers get it, and what they look up."""
+"""The token embedding as codes: which layers get it, and what they look up."""
 
 from types import SimpleNamespace
 
@@ -15,17 +15,23 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_offq.embedding import OffQEmbeddingMethod
 from vllm_offq.errors import UserError
-from vllm_offq.linear import OffQHeadMethod
+from vllm_offq.format import EmbeddingConfig, pack_int4
+from vllm_offq.linear import OffQ8BitHeadMethod
+from vllm_offq.quantizer import dequantize
+
+EIGHT, FOUR = EmbeddingConfig(bits=8), EmbeddingConfig(bits=4, group_size=16)
 
 
-def embedding_layer(ranks: int = 1, rank: int = 0) -> VocabParallelEmbedding:
+def embedding_layer(
+    config: EmbeddingConfig = EIGHT, ranks: int = 1, rank: int = 0
+) -> VocabParallelEmbedding:
     """Of 150 tokens, as rank `rank` of `ranks` has it."""
     group = SimpleNamespace(rank_in_group=rank, world_size=ranks)
     return VocabParallelEmbedding(
         150,
         32,
         params_dtype=torch.float32,
-        quant_method=OffQEmbeddingMethod(),
+        quant_method=OffQEmbeddingMethod(config),
         parallel_group=group,
     )
 
@@ -35,19 +41,21 @@ def test_the_embedding_is_quantized_where_the_checkpoint_says_so() -> None:
     assert offq_config().get_quant_method(embedding, name) is None
     config = offq_config(embedding={"bits": 8})
     assert isinstance(config.get_quant_method(embedding, name), OffQEmbeddingMethod)
-    assert isinstance(config.get_quant_method(bare(ParallelLMHead), "lm_head"), OffQHeadMethod)
+    assert isinstance(config.get_quant_method(bare(ParallelLMHead), "lm_head"), OffQ8BitHeadMethod)
     config = offq_config(embedding={"bits": 8}, head=None, ignore=["lm_head"])
     assert config.get_quant_method(bare(ParallelLMHead), "lm_head") is None
 
 
-def test_each_rank_looks_up_its_rows_of_the_embedding() -> None:
+@pytest.mark.parametrize("config", [EIGHT, FOUR])
+def test_each_rank_looks_up_its_rows_of_the_embedding(config: EmbeddingConfig) -> None:
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-127, 128, (150, 32), dtype=torch.int8, generator=generator)
-    scale = torch.rand(150, 1, generator=generator).half()
+    largest = 1 << config.bits - 1
+    codes = torch.randint(-largest, largest, (150, 32), dtype=torch.int8, generator=generator)
+    scale = torch.rand(150, 1 if config is EIGHT else 2, generator=generator).half()
     seen = []
     for rank in range(3):
-        layer = embedding_layer(3, rank)
-        layer.weight_loader(layer.weight_packed, codes)
+        layer = embedding_layer(config, 3, rank)
+        layer.weight_loader(layer.weight_packed, codes if config is EIGHT else pack_int4(codes))
         layer.weight_loader(layer.weight_scale, scale)
         layer.quant_method.process_weights_after_loading(layer)
         start, end = (
@@ -55,7 +63,7 @@ def test_each_rank_looks_up_its_rows_of_the_embedding() -> None:
             layer.shard_indices.org_vocab_end_index,
         )
         found = layer.quant_method.embedding(layer, torch.arange(end - start))
-        assert torch.equal(found, (codes.float() * scale.float())[start:end])
+        assert torch.equal(found, dequantize(codes, scale)[start:end])
         seen += range(start, end)
     assert seen == list(range(150))
 

@@ -31,7 +31,7 @@ from vllm_offq.config import OffQConfig, refuse_unsupported_options
 from vllm_offq.format import HEAD_CODE_MAX, HeadConfig, pack_int8
 from vllm_offq.kernels import ops
 from vllm_offq.kv_cache import OffQKVCacheMethod, backend_for
-from vllm_offq.linear import OffQHeadMethod, OffQLinearMethod
+from vllm_offq.linear import OffQ8BitHeadMethod, OffQLinearMethod
 from vllm_offq.quantizer import fake_quantize
 
 
@@ -111,9 +111,11 @@ def test_ignored_linear_stays_unquantized() -> None:
 def test_the_head_is_quantized_where_the_checkpoint_says_so() -> None:
     head = bare(ParallelLMHead)
     method = offq_config().get_quant_method(head, "lm_head")
-    assert isinstance(method, OffQHeadMethod)
+    assert isinstance(method, OffQ8BitHeadMethod)
     assert (method.site.bits, method.site.group_size) == (8, 32)
     assert offq_config(head=None, ignore=["lm_head"]).get_quant_method(head, "lm_head") is None
+    method = offq_config(head={"bits": 4, "group_size": 32}).get_quant_method(head, "lm_head")
+    assert (method.site.bits, method.site.group_size, method.weight_group_size) == (8, 32, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -124,7 +126,7 @@ def test_the_head_computes_its_eight_bit_product(dtype: torch.dtype) -> None:
     codes = torch.randint(-HEAD_CODE_MAX, HEAD_CODE_MAX + 1, (72, 64), dtype=torch.int8)
     x = (torch.randn(3, 64) * 2000).to(dtype)
     layer = torch.nn.Module()
-    layer.prefix, method = "lm_head", OffQHeadMethod(HeadConfig(bits=8, group_size=32))
+    layer.prefix, method = "lm_head", OffQ8BitHeadMethod(HeadConfig(bits=8, group_size=32))
     method.create_weights(layer, 64, [72], 64, 72, dtype, weight_loader=None)
     layer.weight_packed.data, scale = pack_int8(codes), torch.rand(72, 1).half() / 100
     layer.weight_scale.data = scale

@@ -23,7 +23,7 @@ from vllm_offq.embedding import OffQEmbeddingMethod
 from vllm_offq.errors import UserError
 from vllm_offq.format import QUANT_METHOD, CheckpointConfig, parse_config
 from vllm_offq.kv_cache import OffQKVCacheMethod
-from vllm_offq.linear import OffQHeadMethod, OffQLinearMethod
+from vllm_offq.linear import OffQLinearMethod, head_method
 from vllm_offq.moe import OffQMoEMethod
 
 
@@ -83,13 +83,15 @@ class OffQConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, ParallelLMHead) and self.checkpoint.head is not None:
-            return OffQHeadMethod(self.checkpoint.head)
+            return head_method(self.checkpoint.head)
         if isinstance(layer, RoutedExperts):
             return self._moe_method(layer, prefix)
         if isinstance(layer, AttentionLayerBase):
             return self._kv_cache_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and self.checkpoint.embedding is not None:
-            return None if isinstance(layer, ParallelLMHead) else OffQEmbeddingMethod()
+            if isinstance(layer, ParallelLMHead):
+                return None
+            return OffQEmbeddingMethod(self.checkpoint.embedding)
         return None
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:

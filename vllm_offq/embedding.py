@@ -1,4 +1,4 @@
-"""The token embedding in vLLM, with 8-bit codes and one scale a row."""
+"""The token embedding in vLLM, as codes of 8 or 4 bits and scales."""
 
 import math
 from typing import Any
@@ -12,11 +12,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_offq.errors import UserError
-from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE
+from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, EmbeddingConfig, unpack_int4
+from vllm_offq.quantizer import dequantize
 
 
 class OffQEmbeddingMethod(QuantizeMethodBase):
-    """Rows are looked up as codes and scales: half the bytes, and no other work than before."""
+    """Rows are looked up as codes and scales, and only those become floating point."""
+
+    def __init__(self, config: EmbeddingConfig) -> None:
+        self.config = config
 
     def create_weights(
         self,
@@ -29,11 +33,15 @@ class OffQEmbeddingMethod(QuantizeMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register weight_packed and weight_scale with the shapes of the checkpoint."""
-        rows = sum(output_partition_sizes)
+        rows, width = sum(output_partition_sizes), input_size_per_partition
+        codes = torch.empty(rows, width, dtype=torch.int8)
+        if self.config.bits == 4:
+            codes = torch.empty(rows, width // 2, dtype=torch.uint8)
+        num_groups = width // (self.config.group_size or width)
         tensors = {
-            WEIGHT_PACKED: torch.empty(rows, input_size_per_partition, dtype=torch.int8),
+            WEIGHT_PACKED: codes,
             # NaN until loaded: vLLM does not report a quantized tensor that the checkpoint lacks.
-            WEIGHT_SCALE: torch.full((rows, 1), math.nan, dtype=torch.float16),
+            WEIGHT_SCALE: torch.full((rows, num_groups), math.nan, dtype=torch.float16),
         }
         for name, tensor in tensors.items():
             parameter = Parameter(tensor, requires_grad=False)
@@ -51,9 +59,11 @@ class OffQEmbeddingMethod(QuantizeMethodBase):
 
     def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
         """Rows of the given tokens, [...] integers. Returns: [..., n] in the model's dtype."""
-        codes = embedding(input_, layer.weight_packed).float()
-        return (codes * embedding(input_, layer.weight_scale).float()).to(layer.offq_dtype)
+        codes = embedding(input_, layer.weight_packed)
+        if self.config.bits == 4:
+            codes = unpack_int4(codes)
+        return dequantize(codes, embedding(input_, layer.weight_scale)).to(layer.offq_dtype)
 
     def apply(self, layer: VocabParallelEmbedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """An embedding multiplies nothing. Raises: UserError: a head has a method of its own."""
-        raise UserError("an 8-bit embedding cannot serve as the output head; quantize again")
+        raise UserError("a quantized embedding cannot serve as the output head; quantize again")

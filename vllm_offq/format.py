@@ -28,9 +28,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 WEIGHT_PACKED = "weight_packed"
 """[out_features, in_features / 2] uint8, see pack_int4; of an 8-bit head twice that, pack_int8. Of
-an 8-bit embedding [vocabulary, width] int8, the codes as they are."""
+an embedding [vocabulary, width] int8, the codes as they are, or in 4 bits as of a linear."""
 WEIGHT_SCALE = "weight_scale"
-"""[out_features, 1], or [out_features, in_features / weights.group_size], float16."""
+"""[out_features, 1], or [out_features, in_features / group_size], float16."""
 HEAD_CODE_MAX: Final = 119
 """16 high + low reaches it with two 4-bit codes; every code of the head is at most that large."""
 EMBEDDING_CODE_MAX: Final = 127
@@ -68,18 +68,26 @@ class SiteConfig(_Strict):
 
 
 class HeadConfig(_Strict):
-    """The output head: codes of 8 bits, one scale a row; its input on an asymmetric 8-bit grid."""
+    """The output head: its codes, and its input on an asymmetric grid of 8 bits.
 
-    bits: Literal[8]
+    In 8 bits a row has one scale, in 4 bits it has one for each group of the input.
+    """
+
+    bits: Literal[4, 8]
     group_size: PositiveInt
     """Of the input."""
+
+    @property
+    def weight_group_size(self) -> int | None:
+        """Channels that share a scale; None: all of a row."""
+        return self.group_size if self.bits == 4 else None
 
     @property
     def site(self) -> SiteConfig:
         """Its input as one more site."""
         return SiteConfig(
             modules=["lm_head"],
-            bits=self.bits,
+            bits=8,
             group_size=self.group_size,
             symmetric=False,
             clip_ratio=1.0,
@@ -89,9 +97,11 @@ class HeadConfig(_Strict):
 
 
 class EmbeddingConfig(_Strict):
-    """The token embedding: symmetric codes, one scale a row."""
+    """The token embedding: symmetric codes."""
 
-    bits: Literal[8]
+    bits: Literal[4, 8]
+    group_size: PositiveInt | None = None
+    """Channels that share a scale; None: all of a row."""
 
 
 class KVCacheConfig(_Strict):

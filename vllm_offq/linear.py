@@ -141,7 +141,14 @@ def check_partition(
     )
 
 
-class OffQHeadMethod(OffQLinearMethod):
+def head_method(head: HeadConfig) -> OffQLinearMethod:
+    """Of an output head: with 4-bit weights it is one more linear."""
+    if head.bits == 8:
+        return OffQ8BitHeadMethod(head)
+    return OffQLinearMethod(head.site, head.weight_group_size)
+
+
+class OffQ8BitHeadMethod(OffQLinearMethod):
     """An output head with 8-bit weights: as pack_int8 says, one of 4-bit weights on [16 x, x]."""
 
     def __init__(self, head: HeadConfig):

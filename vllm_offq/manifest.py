@@ -86,10 +86,13 @@ def _embedding_tensors(
         raise UserError(
             f"quantization_config: the embedding of {layout.name} stays in 16 bit in vLLM"
         )
-    return {
-        f"{name}.{WEIGHT_PACKED}": TensorSpec(shape, (torch.int8,)),
-        f"{name}.{WEIGHT_SCALE}": TensorSpec((sizes.vocabulary, 1), (torch.float16,)),
-    }
+    width, group_size = sizes.hidden, config.embedding.group_size or sizes.hidden
+    _check_divides("embedding.group_size", group_size, width, name)
+    codes = TensorSpec(shape, (torch.int8,))
+    if config.embedding.bits == 4:
+        codes = TensorSpec((sizes.vocabulary, width // 2), (torch.uint8,))
+    scales = TensorSpec((sizes.vocabulary, width // group_size), (torch.float16,))
+    return {f"{name}.{WEIGHT_PACKED}": codes, f"{name}.{WEIGHT_SCALE}": scales}
 
 
 def _head_tensors(
@@ -112,10 +115,13 @@ def _head_tensors(
         raise UserError(
             "config.json: tie_word_embeddings must be false where quantization_config has a head"
         )
-    _check_divides("head.group_size", config.head.group_size, sizes.hidden, name)
+    width = sizes.hidden
+    _check_divides("head.group_size", config.head.group_size, width, name)
+    num_bytes = width * config.head.bits // 8
+    num_scales = width // (config.head.weight_group_size or width)
     return {
-        f"{name}.{WEIGHT_PACKED}": TensorSpec(shape, (torch.uint8,)),
-        f"{name}.{WEIGHT_SCALE}": TensorSpec((sizes.vocabulary, 1), (torch.float16,)),
+        f"{name}.{WEIGHT_PACKED}": TensorSpec((sizes.vocabulary, num_bytes), (torch.uint8,)),
+        f"{name}.{WEIGHT_SCALE}": TensorSpec((sizes.vocabulary, num_scales), (torch.float16,)),
     }
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,30 @@ def test_embedding_of_eight_bits(
     assert small.load(f"{name}.weight_packed").dtype == torch.int8
     rest = [other for other in large.names if not other.startswith(name)]
     assert all(torch.equal(small.load(other), large.load(other)) for other in rest)
+
+
+def test_both_ends_in_four_bits(original: Path, text: Path, tmp_path: Path) -> None:
+    settings = Settings(calibration=(str(text),), head_bits="16", **QUICK)
+    quantize(str(original), tmp_path / "large", settings)
+    small = replace(settings, head_bits="4", embedding_bits="4")
+    quantize(str(original), tmp_path / "gptq", small)
+    quantize(str(original), tmp_path / "nearest", replace(small, weights="rtn"))
+    large, tokenizer = load_simulated(tmp_path / "large")
+    tokens = torch.tensor([tokenizer(text.read_text())["input_ids"][:256]])
+    hidden = large.get_decoder()(tokens)[0]
+    wanted = large.lm_head(hidden)
+    errors = []
+    for name in ("gptq", "nearest"):
+        validate_checkpoint(tmp_path / name)
+        found, _ = load_simulated(tmp_path / name)
+        checkpoint = Checkpoint(tmp_path / name)
+        for end in ("model.embed_tokens", "lm_head"):
+            expected = large.get_submodule(end).weight
+            assert checkpoint.load(f"{end}.weight_packed").nbytes * 2 == expected.numel()
+            off = (found.get_submodule(end).weight - expected).norm() / expected.norm()
+            assert 0.02 < off < 0.15
+        errors.append((found.lm_head(hidden) - wanted).norm() / wanted.norm())
+    assert errors[0] < errors[1] < 0.15
 
 
 def test_an_embedding_that_vllm_keeps_is_refused(tmp_path: Path) -> None:

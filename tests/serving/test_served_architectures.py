@@ -29,8 +29,8 @@ from calibration.simulate import load_simulated
 pytestmark = pytest.mark.slow
 
 SERVED = [*FAMILIES, *MODELS]
-SIXTEEN_BIT_EMBEDDING = ("Gemma2", "Mixtral")
-"""vLLM asks no quantization method there; all others are served with 8 bits."""
+ENDS = {"Gemma2": ("8", "16"), "Mixtral": ("8", "16"), "Mistral": ("4", "4"), "Qwen3": ("4", "4")}
+"""Bits of head and embedding, else 8; vLLM asks no quantization method for two embeddings."""
 EXACT = 1e-4
 SHORT = [[(31 * i + 13 * j) % 400 + 2 for j in range(10)] for i in range(24)]
 LONG = [(7 + 13 * j) % 400 + 2 for j in range(110)]
@@ -47,11 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             make_tiny_experts(source, family)
         else:
             make_tiny(source, family)
+        head_bits, embedding_bits = ENDS.get(family, ("8", "8"))
         settings = Settings(
             samples=4,
             sequence_length=64,
             dtype="float32",
-            embedding_bits="16" if family in SIXTEEN_BIT_EMBEDDING else "8",
+            head_bits=head_bits,  # type: ignore[arg-type]
+            embedding_bits=embedding_bits,  # type: ignore[arg-type]
         )
         quantize(str(source), path / family / "offq", settings)
     return path

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from calibration.instrument import BlockInputs, block_inputs
+from calibration.instrument import BlockInputs, block_inputs, to_device
 from calibration.loader import Original
 from calibration.report import BasisCandidate
 from calibration.statistics import Statistics, invertible
@@ -108,7 +108,10 @@ def try_candidates(
     with original.loaded(architecture.embedding, architecture.final_norm):
         reference = block_inputs(model, architecture, tokens, 1)
     trials = {
-        name: _Trial(rotation.float(), BlockInputs(list(reference.hidden), reference.arguments))
+        name: _Trial(
+            rotation.float().to(original.device),
+            BlockInputs(list(reference.hidden), reference.arguments),
+        )
         for name, rotation in candidates.items()
     }
     for index in range(original.num_layers):
@@ -119,9 +122,9 @@ def try_candidates(
         advance()
     with original.loaded(architecture.final_norm, architecture.head) as (norm, head):
         for number, hidden in enumerate(reference.hidden):
-            expected = head(norm(hidden)).log_softmax(-1)
+            expected = head(norm(to_device(hidden, norm))).log_softmax(-1)
             for trial in trials.values():
-                found = head(norm(trial.stream.hidden[number])).log_softmax(-1)
+                found = head(norm(to_device(trial.stream.hidden[number], norm))).log_softmax(-1)
                 divergence = (expected.exp() * (expected - found)).sum(-1).mean()
                 trial.divergence += float(divergence) / len(reference.hidden)
     best = min(trials, key=lambda name: trials[name].divergence)

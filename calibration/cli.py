@@ -110,6 +110,9 @@ def quantize(
         EmbeddingBits, typer.Option(help="Of the token embedding; 16 leaves it as it is.")
     ] = "16",
     dtype: Annotated[DTypeName, typer.Option(help="Of what stays unquantized.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="What computes: cpu, cuda or cuda:N; a block must fit.")
+    ] = "cpu",
     seed: Annotated[int, typer.Option(help="Same seed, same input, same bytes.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT at the end.")] = False,
     resume: Annotated[
@@ -143,7 +146,7 @@ def quantize(
     )
     from calibration.quantize_command import run  # torch and transformers are slow to import
 
-    run(model, out, settings, overwrite, resume)
+    run(model, out, settings, device, overwrite, resume)
 
 
 app.command()(inspect)

@@ -25,7 +25,7 @@ class _Tick(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.advance(len(input_ids))
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def write_itself(
     torch.manual_seed(seed)
     sequences = []
     for first in range(0, samples, BATCH_SIZE):
-        prompt = torch.full((min(BATCH_SIZE, samples - first), 1), start)
+        prompt = torch.full((min(BATCH_SIZE, samples - first), 1), start, device=model.device)
         sequences.append(
             generate(
                 prompt,
@@ -67,4 +67,4 @@ def write_itself(
                 stopping_criteria=StoppingCriteriaList([_Tick(advance)]),
             )
         )
-    return torch.cat(sequences)
+    return torch.cat(sequences).cpu()

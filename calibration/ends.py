@@ -35,7 +35,7 @@ def write_embedding(
     elif embedding.bits == 8:
         _write(name, *round_rows(weight, EMBEDDING_CODE_MAX), None, writer)
     else:
-        equal = torch.ones(weight.shape[1])  # nothing is known of what a row is multiplied with
+        equal = weight.new_ones(weight.shape[1])  # a row meets nothing but the norm
         parts = [
             round_to_nearest(rows, equal, embedding.group_size)
             for rows in weight.split(ROWS_AT_ONCE)
@@ -53,9 +53,10 @@ def head_inputs(
     original, quantized = streams.original, streams.quantized or streams.original
     width = original.hidden[0].shape[-1]
     num_tokens = sum(batch.shape[:-1].numel() for batch in original.hidden)
-    moments = SiteMoments(width, config.head.site, num_tokens, corrects=False)
+    device = next(final_norm.parameters()).device
+    moments = SiteMoments(width, config.head.site, num_tokens, corrects=False, device=device)
     for x, on_grid in zip(original.hidden, quantized.hidden, strict=True):
-        moments.add(final_norm(x), final_norm(on_grid))
+        moments.add(final_norm(x.to(device)), final_norm(on_grid.to(device)))
     moments.finish()
     return moments
 

@@ -69,7 +69,7 @@ class Experts(nn.Module):
         missing = num_tokens // LEAST_SHARE + 1 - len(token) if self.calibrates else 0
         if missing <= 0:
             return token[:0]
-        unrouted = torch.ones(num_tokens, dtype=torch.bool)
+        unrouted = torch.ones(num_tokens, dtype=torch.bool, device=token.device)
         unrouted[token] = False
         others = unrouted.nonzero().flatten()
         return others[:: max(1, len(others) // missing)][:missing]

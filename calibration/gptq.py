@@ -36,7 +36,7 @@ def round_to_nearest(
 
 def round_rows(weight: Tensor, code_max: int) -> tuple[Tensor, Tensor]:
     """8-bit codes [N, K] int8, at most code_max, and scales [N, 1] float16. weight: [N, K]."""
-    codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
+    codes, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), 1)
     parts = (part.split(ROWS_AT_ONCE) for part in (weight, codes, scales))
     for rows, row_codes, row_scales in zip(*parts, strict=True):
         row_scales.copy_(stored_scale(rows.abs().amax(1, keepdim=True).float() / code_max))
@@ -108,10 +108,10 @@ def _round_in_order(
     num_channels = len(channels)
     codes = torch.empty_like(channels)
     scales: list[Tensor] = []
-    scale = torch.empty(0)
+    scale = channels.new_empty(0)
     for start in range(0, num_channels, BLOCK_SIZE):
         end = min(start + BLOCK_SIZE, num_channels)
-        errors = torch.empty(end - start, channels.shape[1])
+        errors = torch.empty_like(channels[start:end])
         for channel in range(start, end):
             if channel % group_size == 0:
                 group = slice(channel, channel + group_size)
@@ -144,7 +144,7 @@ def descend(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> T
     num_channels = len(codes)
     for start in range(0, num_channels, BLOCK_SIZE):
         end = min(start + BLOCK_SIZE, num_channels)
-        local, changes = gradient[start:end].clone(), torch.empty(end - start, codes.shape[1])
+        local, changes = gradient[start:end].clone(), torch.empty_like(gradient[start:end])
         for channel in range(start, end):
             scale, old = steps[channel // size], codes[channel]
             best = old - local[channel - start] / (hessian[channel, channel] * scale)

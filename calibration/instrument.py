@@ -144,19 +144,24 @@ def attention_state(layer: nn.Module, architecture: Architecture) -> AttentionSt
     return layer.get_submodule(architecture.attention).offq  # type: ignore[return-value]
 
 
+def to_device(x: Tensor, module: nn.Module) -> Tensor:
+    """To where a module computes."""
+    return x.to(next(module.parameters()).device)
+
+
 @dataclass
 class BlockInputs:
     """What flows from one decoder block to the next."""
 
     hidden: list[Tensor]
-    """Of each batch, [B, T, n] float32."""
+    """Of each batch, [B, T, n] float32, in the CPU's memory: they may be many."""
     arguments: list[dict[str, Any]]
     """Of each block: all else that it is called with (masks, positions, rotary tables)."""
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace every batch by what block `index` makes of it."""
         for number, batch in enumerate(self.hidden):
-            self.hidden[number] = block(batch, **self.arguments[index])
+            self.hidden[number] = block(to_device(batch, block), **self.arguments[index]).cpu()
 
     def reach(self, number: int, index: int, block: nn.Module, linear: OffQLinear) -> Tensor:
         """What block `index` feeds to a linear in it for one batch; nothing beyond is computed."""
@@ -172,7 +177,7 @@ class BlockInputs:
 
         linear.observe = catch
         try:
-            block(self.hidden[number], **self.arguments[index])
+            block(to_device(self.hidden[number], block), **self.arguments[index])
         except Reached:
             pass
         finally:
@@ -188,21 +193,21 @@ def block_inputs(
 
     tokens: [S, T] int64, batch_size divides S, so that the arguments serve every batch.
     """
-    blocks = layers_of(model, architecture)
+    blocks, embedding = layers_of(model, architecture), model.get_submodule(architecture.embedding)
     arguments: list[dict[str, Any]] = [{} for _ in blocks]
     hidden: list[Tensor] = []
 
     def pass_on(index: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         arguments[index] = kwargs | {"past_key_values": None, "use_cache": False}
         if index == 0:
-            hidden.append(hidden_states)
+            hidden.append(hidden_states.cpu())
         return hidden_states
 
     for index, block in enumerate(blocks):
         block.forward = partial(pass_on, index)
     try:
         for batch in tokens.split(batch_size):
-            model.get_decoder()(batch, use_cache=False)
+            model.get_decoder()(to_device(batch, embedding), use_cache=False)
     finally:
         for block in blocks:
             del block.forward  # the class's own is found again

@@ -107,7 +107,7 @@ class Learning:
         for name, gain in self._gains.items():
             tensors[name] = gain.detach().to(self._stored[name].dtype)
             gain.requires_grad_(False).copy_(tensors[name])
-        return tensors
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs."""
@@ -126,7 +126,8 @@ class Learning:
             mean.copy_(state[f"{number}.mean"])
             prefix = f"{number}.adam."
             self._optimizer.state[value] = {
-                key.removeprefix(prefix): part
+                # Adam counts its steps on the CPU.
+                key.removeprefix(prefix): part.to(value.device) if part.ndim else part
                 for key, part in state.items()
                 if key.startswith(prefix)
             }
@@ -141,6 +142,7 @@ def divergence(
     model: PreTrainedModel, original: PreTrainedModel, architecture: Architecture, batch: Tensor
 ) -> float:
     """Mean KL(original || model) of a batch, [B, T]; with gradients on, leaves them behind."""
+    batch = batch.to(model.device)
     with torch.no_grad():
         wanted = original.get_decoder()(batch, use_cache=False)[0].flatten(0, 1)
     hidden = model.get_decoder()(batch, use_cache=False)[0]
@@ -181,10 +183,12 @@ def _weights(
         for site in architecture.sites:
             for path in site.modules:
                 name = architecture.stored(f"{architecture.layers}.{index}.{path}")
-                start = tensors[f"{name}.{WEIGHT_SCALE}"].float()
+                linear: OffQLinear = layer.get_submodule(path)  # type: ignore[assignment]
+                device = linear.weight.device
+                start = tensors[f"{name}.{WEIGHT_SCALE}"].float().to(device)
                 found[name] = _Weight(
-                    layer.get_submodule(path),  # type: ignore[arg-type]
-                    unpack_int4(tensors[f"{name}.{WEIGHT_PACKED}"]),
+                    linear,
+                    unpack_int4(tensors[f"{name}.{WEIGHT_PACKED}"]).to(device),
                     start,
                     torch.zeros_like(start, requires_grad=True),
                 )

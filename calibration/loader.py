@@ -30,6 +30,7 @@ from calibration.experts import separate_experts
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
 from vllm_offq.errors import UserError
 
+CPU = torch.device("cpu")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
@@ -45,6 +46,8 @@ class Original:
     architecture: Architecture
     dtype: torch.dtype
     """The dtype of the original's weights."""
+    device: torch.device = CPU
+    """Where what is loaded goes, and therefore computes."""
 
     @property
     def num_layers(self) -> int:
@@ -75,7 +78,7 @@ class Original:
                 for name, parameter in module.named_parameters(remove_duplicate=False):
                     stored = self._stored_name(f"{path}.{name}".lstrip("."))
                     value = checked(stored, self.weights.load(stored), parameter.shape)
-                    set_module_tensor_to_device(module, name, "cpu", value, torch.float32)
+                    set_module_tensor_to_device(module, name, self.device, value, torch.float32)
             yield modules
         finally:
             for module in modules:
@@ -95,8 +98,24 @@ class Original:
         return self.architecture.stored(name)
 
 
-def load_original(source: str) -> Original:
-    """Open a model for calibration. Code from the checkpoint is never run.
+def usable_device(name: str) -> torch.device:
+    """What --device names. Raises: UserError if it is no device, or not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; choose cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs "
+            "here; install one of its builds for GPUs, or leave --device out"
+        )
+    return device
+
+
+def load_original(source: str, device: torch.device = CPU) -> Original:
+    """Open a model for calibration on a device. Code from the checkpoint is never run.
 
     Raises: UserError if source is no model, of an unsupported architecture, quantized already
     (GGUF files excepted: they are dequantized, in memory as a whole), or damaged.
@@ -123,7 +142,7 @@ def load_original(source: str) -> Original:
             weights = LoadedWeights(model.state_dict())
         else:
             weights = ShardedWeights(Path(folder))
-        skeleton = _skeleton(config, architecture)
+        skeleton = _skeleton(config, architecture, device)
     except UserError:
         raise
     except Exception as error:
@@ -139,14 +158,17 @@ def load_original(source: str) -> Original:
         tokenizer=tokenizer,
         architecture=architecture,
         dtype=torch.float32 if gguf else weights.load(f"{architecture.embedding}.weight").dtype,
+        device=device,
     )
 
 
-def _skeleton(config: Any, architecture: Architecture) -> PreTrainedModel:
+def _skeleton(config: Any, architecture: Architecture, device: torch.device) -> PreTrainedModel:
     # Buffers are real: tables of rotary embeddings are in no checkpoint.
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         separate_experts(model, architecture)
+    for name, buffer in list(model.named_buffers()):
+        set_module_tensor_to_device(model, name, device, buffer)
     return model.eval().requires_grad_(False)
 
 

@@ -20,14 +20,22 @@ class SiteMoments:
 
     X [t, K] is what the original's linears get, X_q what the quantized model's get.
 
-    width: K; grid: of the input; num_tokens: to come; corrects: collect for `correction` too.
+    width: K; grid: of the input; num_tokens: to come; corrects: collect for `correction` too;
+    device: of what is added.
     """
 
-    def __init__(self, width: int, grid: SiteConfig, num_tokens: int, corrects: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        grid: SiteConfig,
+        num_tokens: int,
+        corrects: bool,
+        device: torch.device | None = None,
+    ) -> None:
         self.grid = grid
-        self.hessian = torch.zeros(width, width)
+        self.hessian = torch.zeros(width, width, device=device)
         """X_q^T X_q; the upper half until `finish`."""
-        self._cross = torch.zeros(width, width) if corrects else None
+        self._cross = torch.zeros_like(self.hessian) if corrects else None
         self._aside = max(LEAST_ASIDE, num_tokens // MOST_ASIDE)
         self._kept_aside: list[tuple[Tensor, Tensor]] = []
         self.signal = self.noise = 0.0
@@ -41,7 +49,7 @@ class SiteMoments:
         self.signal += float(sample.square().sum())
         self.noise += float((on_grid - sample).square().sum())
         if self._cross is not None:
-            aside = torch.arange(len(x)) % self._aside == 0
+            aside = torch.arange(len(x), device=x.device) % self._aside == 0
             self._kept_aside.append((x[aside], quantized[aside]))
             x, quantized = x[~aside], quantized[~aside]
         for start in range(0, len(self.hessian), COLUMNS_AT_ONCE):

@@ -13,7 +13,7 @@ from calibration.data_sources import SELF, shares
 from calibration.ends import head_inputs, write_embedding, write_head
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import BlockInputs, block_inputs, instrument
-from calibration.loader import Original, load_original
+from calibration.loader import Original, load_original, usable_device
 from calibration.model_card import model_card
 from calibration.plan import expected_bytes, plan, stored_dtype
 from calibration.progress import Progress, no_progress
@@ -39,13 +39,15 @@ def quantize(
     out: str | Path,
     settings: Settings | None = None,
     *,
+    device: str = "cpu",
     overwrite: bool = False,
     resume: bool | None = None,
     progress: Progress = no_progress,
 ) -> Report:
     """Quantize a model to an OffQ checkpoint, holding one decoder block at a time in memory.
 
-    source: Hugging Face folder, hub id or GGUF file; out: the new folder, written atomically.
+    source: Hugging Face folder, hub id or GGUF file; out: the new folder, written atomically;
+    device: what computes, such as "cuda:1".
     resume: go on with an interrupted run to `out` (True), discard it (False), or refuse (None).
     Raises: UserError, one sentence, for anything that the caller can put right; nothing is
     written then.
@@ -59,7 +61,7 @@ def quantize(
         )
     CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     with progress("opening the model", 1):
-        original = load_original(source)
+        original = load_original(source, usable_device(device))
     config = plan(original.model.config, original.architecture, settings)
     dtype = stored_dtype(settings, original)
     original_bytes = original.num_bytes
@@ -104,7 +106,7 @@ class _Run:
         tokens = self.tokens()
         batch_size = _batch_size(*tokens.shape)
         instrument(original.model, original.architecture)
-        rotations = self.rotations(tokens, batch_size)
+        rotations = self.rotations(tokens, batch_size).to(original.device)
         with self.progress("quantizing", original.num_layers, unit="layer") as advance:
             streams = self.streams(rotations, tokens, batch_size)
             advance(saved.state.layers)

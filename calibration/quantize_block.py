@@ -89,6 +89,7 @@ def quantize_block(
             config.sites[site.name],
             sum(batch.shape[:-1].numel() for batch in streams.original.hidden),
             corrects=settings.gptq_inputs == "corrected",
+            device=_linear(layer, group[0]).weight.device,
         )
         for site in architecture.sites
         for group in site.groups

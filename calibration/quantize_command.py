@@ -13,13 +13,21 @@ from calibration.resume import unfinished
 from calibration.settings import Settings
 
 
-def run(model: str, out: Path, settings: Settings, overwrite: bool, resume: bool | None) -> None:
+def run(
+    model: str, out: Path, settings: Settings, device: str, overwrite: bool, resume: bool | None
+) -> None:
     """Quantize with bars, then print what was done."""
     console = Console()
     progress = rich_progress(console)
     try:
         report = quantize(
-            model, out, settings, overwrite=overwrite, resume=resume, progress=progress
+            model,
+            out,
+            settings,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
         )
     except (KeyboardInterrupt, SystemExit):
         if unfinished(out):

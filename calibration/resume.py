@@ -60,7 +60,9 @@ class SavedRun:
         """Keep tensors under a name until the run ends or they are dropped."""
         path = self._path(name)
         unfinished_path = path.with_suffix(".unfinished")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished_path)
+        save_file(
+            {key: value.cpu().contiguous() for key, value in tensors.items()}, unfinished_path
+        )
         unfinished_path.replace(path)
 
     def drop(self, name: str) -> None:

@@ -1,5 +1,6 @@
 """From statistics to rotations: OffQ (arXiv 2606.07116) and QuaRot (arXiv 2404.00456)."""
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,13 @@ class Rotations:
             size = self.residual_block_size
             return (x.unflatten(-1, (-1, size)) @ hadamard(size).T.to(x)).flatten(-2)
         return x
+
+    def to(self, device: torch.device) -> "Rotations":
+        """All of them there."""
+        found = copy(self)
+        for name, value in vars(self).items():
+            setattr(found, name, value.to(device) if isinstance(value, Tensor) else value)
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is there, for a file; the inverse of from_tensors."""

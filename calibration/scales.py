@@ -33,7 +33,7 @@ def search_scales(weight: Tensor, importance: Tensor, group_size: int) -> Tensor
     """
     rows_at_once = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     parts = importance.view(-1, group_size)
-    scales = torch.empty(len(weight), len(parts))
+    scales = weight.new_empty(len(weight), len(parts))
     for rows, best_scale in zip(
         weight.split(rows_at_once), scales.split(rows_at_once), strict=True
     ):
@@ -64,13 +64,13 @@ def fit_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -
     num_groups = scales.shape[1]
     size = weight.shape[1] // num_groups
     target = (weight @ hessian).mul_(codes).unflatten(1, (num_groups, size)).sum(2).double()
-    normal = torch.empty(len(weight), num_groups, num_groups, dtype=torch.float64)
+    normal = target.new_empty(len(weight), num_groups, num_groups)
     for group in range(num_groups):
         part = slice(group * size, (group + 1) * size)
         product = (codes[:, part] @ hessian[part]).mul_(codes)
         normal[:, group] = product.unflatten(1, (num_groups, size)).sum(2)
     ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None]
-    eye = torch.eye(num_groups, dtype=torch.float64)
+    eye = torch.eye(num_groups).to(normal)
     # The ridge pulls to the old scales, which decide for a group whose codes are all zero.
     solved = torch.linalg.solve(
         normal + ridge[..., None] * eye, target + ridge * scales.double()

@@ -24,7 +24,7 @@ from calibration.architectures import find_architecture
 from calibration.experts import separate_experts
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import OffQLinear, attention_state, instrument, layers_of
-from calibration.loader import Original
+from calibration.loader import CPU, Original
 from calibration.rotations import Rotations
 from vllm_offq.checkpoint import Checkpoint
 from vllm_offq.format import (
@@ -72,7 +72,10 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
 
 @torch.no_grad()
 def simulated_model(
-    hf_config: PreTrainedConfig, config: CheckpointConfig, tensors: Mapping[str, Tensor]
+    hf_config: PreTrainedConfig,
+    config: CheckpointConfig,
+    tensors: Mapping[str, Tensor],
+    device: torch.device = CPU,
 ) -> PreTrainedModel:
     """The model of a checkpoint's tensors, by name, in float32 with its grids on."""
     hf_config = deepcopy(hf_config)
@@ -99,6 +102,7 @@ def simulated_model(
     if architecture.layout.head_is_embedding:
         loaded[f"{architecture.head}.weight"] = loaded[f"{architecture.embedding}.weight"]
     model.load_state_dict(loaded)
+    model.to(device)
     if config.head is not None:
         head = OffQLinear(model.get_submodule(architecture.head))
         head.grid = config.head.site
@@ -114,5 +118,5 @@ def simulated_model(
             state.kv_group_size = config.kv_cache.group_size
             if config.kv_cache.key_rotation:
                 path = f"{architecture.layers}.{index}.{architecture.attention}"
-                state.key_rotation = tensors[f"{path}.attn.{KEY_ROTATION}"].float()
+                state.key_rotation = tensors[f"{path}.attn.{KEY_ROTATION}"].float().to(device)
     return model

@@ -1,6 +1,7 @@
 """One pass of the original model: everything from which the rotations are computed."""
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,6 +46,13 @@ class Statistics:
     """[L, intermediate], or [L, E, intermediate] with experts, float64: sum of squares of each
     channel at down_proj's input."""
 
+    def to_cpu(self) -> "Statistics":
+        """All of it: what follows is small, and in double precision."""
+        found = copy(self)
+        for name, part in vars(self).items():
+            setattr(found, name, None if part is None else part.cpu())
+        return found
+
 
 @torch.no_grad()
 def collect(
@@ -58,19 +66,18 @@ def collect(
     model, architecture, config = original.model, original.architecture, original.model.config
     hidden_size, dim, num_layers = config.hidden_size, head_size(config), original.num_layers
     heads = (num_layers, config.num_key_value_heads, dim, dim)
+    zeros = partial(torch.zeros, dtype=torch.float64, device=original.device)
     statistics = Statistics(
-        top_tokens=torch.empty(0, hidden_size),
-        residual=torch.zeros(hidden_size, hidden_size, dtype=torch.float64),
-        first=torch.zeros(hidden_size, hidden_size, dtype=torch.float64),
-        input_energy=torch.zeros(num_layers, 2, hidden_size, dtype=torch.float64),
-        weight_energy=torch.zeros(num_layers, 2, hidden_size, dtype=torch.float64)
-        if architecture.keeps_gains
-        else None,
-        final_energy=torch.zeros(hidden_size, dtype=torch.float64),
+        top_tokens=zeros(0, hidden_size),
+        residual=zeros(hidden_size, hidden_size),
+        first=zeros(hidden_size, hidden_size),
+        input_energy=zeros(num_layers, 2, hidden_size),
+        weight_energy=zeros(num_layers, 2, hidden_size) if architecture.keeps_gains else None,
+        final_energy=zeros(hidden_size),
         head_energy=None,
-        keys=torch.zeros(heads, dtype=torch.float64),
-        values=torch.zeros(heads, dtype=torch.float64),
-        down_energy=torch.zeros(num_layers, *_down_shape(original), dtype=torch.float64),
+        keys=zeros(*heads),
+        values=zeros(*heads),
+        down_energy=zeros(num_layers, *_down_shape(original)),
     )
     top_tokens: list[Tensor] = []
     with original.loaded(architecture.embedding, architecture.final_norm):
@@ -92,7 +99,7 @@ def collect(
             # Where there is no norm, later layers would outweigh the first ones.
             normed = _normed(x) if gain is None else x / gain
             strongest = normed.abs().amax(-1).argmax(-1)
-            top_tokens.append(normed[torch.arange(len(normed)), strongest])
+            top_tokens.append(normed[torch.arange(len(normed)), strongest].cpu())
             first, others = normed[:, 0], normed[:, 1:].flatten(0, 1)
             statistics.first.add_((first.T @ first).double())
             moments = (others.T @ others).double()
@@ -143,9 +150,9 @@ def collect(
             weight = norm.get_parameter("weight")
             statistics.head_energy = _energy([head], weight + architecture.gain_offset)
         for batch in inputs.hidden:
-            squares = _normed(batch).double().square()
+            squares = _normed(batch.to(original.device)).double().square()
             statistics.final_energy += squares.flatten(0, -2).sum(0)
-    return statistics
+    return statistics.to_cpu()
 
 
 def _normed(x: Tensor) -> Tensor:

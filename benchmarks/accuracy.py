@@ -82,13 +82,7 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.workload, self.console = folder, workload, console
 
-    def row(
-        self,
-        name: str,
-        settings: dict[str, Any],
-        modes: list[str],
-        measure: Measure,
-    ) -> Row:
+    def row(self, name: str, settings: dict[str, Any], modes: list[str], measure: Measure) -> Row:
         """A row of the table. measure: called with the modes that are missing."""
         paths = {mode: self.path(settings, mode) for mode in modes}
         missing = [mode for mode in modes if not paths[mode].is_file()]

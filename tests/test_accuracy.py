@@ -124,7 +124,8 @@ def test_peer_stands_in_the_table(
     python = os.environ.get("PEER_PYTHON")
     if python is None:
         pytest.skip("set PEER_PYTHON to a Python of `python scripts/setup_peer.py`")
-    found = run(monkeypatch, capsys, [*command, "--peer-python", python])
+    recipes = ["--recipes", "quarot", *peer.TRANSFORMS]
+    found = run(monkeypatch, capsys, [*command, *recipes, "--peer-python", python])
     for name in peer.TRANSFORMS:
         bits, _, _, kl, share, top1 = cells(found, name)
         assert bits == "4.25"
@@ -147,6 +148,15 @@ def test_peer_that_is_not_there_is_refused_in_one_sentence(
     monkeypatch.setattr(sys, "argv", [*command, "--peer-python", python])
     with pytest.raises(SystemExit, match=rf"^benchmarks\.accuracy: {python} {reason}.*setup_peer"):
         accuracy.main()
+
+
+def test_peer_needs_its_python(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*command, "--recipes", *peer.TRANSFORMS])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert "need --peer-python" in capsys.readouterr().err
 
 
 def test_peer_that_fails_says_why(tmp_path: Path, command: list[str]) -> None:

@@ -28,6 +28,7 @@ MODES = ("W4A4KV4", "W4A4")
 """Those of benchmarks.accuracy that the peer is measured in."""
 ROTATION = {"transform_type": "random-hadamard", "precision": "float32"}
 """Of any size, not powers of two alone; those at run time in float32, as the model."""
+# Without R3, which rotates keys: compressed-tensors would then quantize the queries as well.
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "llm-compressor: SpinQuant + GPTQ": {
         "SpinQuantModifier": {"rotations": ["R1", "R2", "R4"], **ROTATION}

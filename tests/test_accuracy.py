@@ -1,0 +1,166 @@
+"""`benchmarks.accuracy`: its scores and table, its cache, and the peer in another environment."""
+
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import CORPUS, make_tiny_llama
+from torch.nn.functional import cross_entropy
+
+from benchmarks import accuracy, peer
+from benchmarks.accuracy_recipes import Workload
+from benchmarks.accuracy_table import table
+from benchmarks.scores import Scores, keep, logprobs, score
+from vllm_offq.errors import UserError
+
+WINDOWS = torch.arange(12).view(2, 6)
+
+
+class Fixed:
+    """A model that predicts the same whatever it reads."""
+
+    def __init__(self, seed: int) -> None:
+        self.logits = torch.randn(1, 6, 20, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, window: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits)
+
+
+def kept(model: Fixed, folder: Path) -> Path:
+    for number, window in enumerate(WINDOWS):
+        keep(logprobs(model, window), folder, number)
+    return folder
+
+
+def test_original_scores_as_itself(tmp_path: Path) -> None:
+    model = Fixed(0)
+    scores = score(model, WINDOWS, kept(model, tmp_path))
+    losses = [float(cross_entropy(model.logits[0, :-1], window[1:])) for window in WINDOWS]
+    assert scores.loss == pytest.approx(losses)
+    assert scores.kl == pytest.approx([0, 0], abs=1e-6)
+    assert scores.top1 == [1, 1]
+
+
+def test_scores_against_the_original(tmp_path: Path) -> None:
+    original, model = Fixed(0), Fixed(1)
+    scores = score(model, WINDOWS, kept(original, tmp_path))
+    p, q = original.logits[0].softmax(-1), model.logits[0].softmax(-1)
+    assert scores.kl == pytest.approx([float((p * (p / q).log()).sum(-1).mean())] * 2, rel=1e-4)
+    assert scores.top1 == [int((p.argmax(-1) == q.argmax(-1)).sum()) / 6] * 2
+
+
+def test_scores_can_be_imported_by_the_peer() -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('calibration', 'vllm_offq', 'rich')))"
+    subprocess.run([sys.executable, "-c", f"{blocked}; import benchmarks.scores"], check=True)
+
+
+def printed(rows: dict[str, accuracy.Row]) -> str:
+    console = Console(width=140, file=StringIO())
+    console.print(table(rows, ("W4A4KV4", "W4A4"), Scores([1.0, 1.2], [0, 0], [1, 1]), "title"))
+    return console.file.getvalue()
+
+
+def test_every_row_is_compared_with_quarot_in_its_mode() -> None:
+    def row(kl: float) -> tuple[Scores, float]:
+        return Scores([1.1, 1.4], [kl, kl], [0.9, 0.9]), 4.25
+
+    name = next(iter(peer.TRANSFORMS))
+    text = printed({"quarot": {"W4A4KV4": row(0.2)}, name: {"W4A4KV4": row(0.1), "W4A4": row(0.1)}})
+    (both, alone) = [line for line in text.splitlines() if name in line]
+    assert [cell.strip() for cell in both.split("│")][1:-1] == [
+        name, "W4A4KV4", "4.25", "3.49", "1.1618 ± 0.0581", "0.1000 ± 0.0000", "0.500", "0.900"
+    ]  # fmt: skip
+    assert alone.split("│")[7].strip() == ""
+    assert alone.split("│")[3].strip() == "4.25"
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command line on a tiny model, two recipes, and two windows of its own language."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    text = folder / "text.txt"
+    text.write_text(CORPUS * 8, encoding="utf-8")
+    words = f"accuracy {make_tiny_llama(folder / 'model')} --calibration {text} --text {text} "
+    words += f"--cache {folder / 'cache'} --samples 2 --sequence-length 64 "
+    words += "--windows 2 --window-length 64 --recipes rtn quarot --modes W4A4KV4"
+    return words.split()
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> list[str]:
+    monkeypatch.setattr(sys, "argv", words)
+    accuracy.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def cells(lines: list[str], name: str) -> list[str]:
+    """What the table says of a recipe, after its name and mode."""
+    (row,) = [line for line in lines if line.startswith(f"│ {name}")]
+    return [cell.strip() for cell in row.split("│")[3:-1]]
+
+
+def test_rows_are_measured_once(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(monkeypatch, capsys, command)
+    assert cells(first, "quarot")[4] == "1.000"
+    assert float(cells(first, "rtn")[3].split()[0]) > 0
+    monkeypatch.setattr(accuracy, "measure", lambda *_: pytest.fail("measured again"))
+    again = run(monkeypatch, capsys, command)
+    for name in ("original", "rtn", "quarot"):
+        assert cells(again, name) == cells(first, name)
+
+
+def test_peer_stands_in_the_table(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = os.environ.get("PEER_PYTHON")
+    if python is None:
+        pytest.skip("set PEER_PYTHON to a Python of `python scripts/setup_peer.py`")
+    recipes = ["--recipes", "quarot", *peer.TRANSFORMS]
+    found = run(monkeypatch, capsys, [*command, *recipes, "--peer-python", python])
+    for name in peer.TRANSFORMS:
+        bits, _, _, kl, share, top1 = cells(found, name)
+        assert bits == "4.25"
+        assert 0.01 < float(kl.split()[0]) < 1  # quantized, and still the same model
+        assert float(share) == pytest.approx(float(kl.split()[0]) / kl_of_quarot(found), rel=0.01)
+        assert float(top1) > 0.5
+
+
+def kl_of_quarot(lines: list[str]) -> float:
+    return float(cells(lines, "quarot")[3].split()[0])
+
+
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [("/nowhere/python", "cannot be run"), (sys.executable, "has no llmcompressor")],
+)
+def test_peer_that_is_not_there_is_refused_in_one_sentence(
+    python: str, reason: str, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*command, "--peer-python", python])
+    with pytest.raises(SystemExit, match=rf"^benchmarks\.accuracy: {python} {reason}.*setup_peer"):
+        accuracy.main()
+
+
+def test_peer_needs_its_python(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*command, "--recipes", *peer.TRANSFORMS])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert "need --peer-python" in capsys.readouterr().err
+
+
+def test_peer_that_fails_says_why(tmp_path: Path, command: list[str]) -> None:
+    workload = Workload(command[1], (command[3],), 2, 64, WINDOWS, tmp_path)
+    python, log = Path(sys.executable), tmp_path / "peer.log"
+    with pytest.raises(UserError, match=r"No module named 'llmcompressor'.*peer\.log"):
+        list(peer.measure(python, log, {"recipe": {}}, workload, ["W4A4"]))

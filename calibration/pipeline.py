@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import vllm_offq
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
 from calibration.ends import write_end
-from calibration.fuse import fuse_block, fuse_embedding, fuse_head
+from calibration.fuse import fuse_block, fuse_embedding, fuse_head, fuse_rows
 from calibration.instrument import BlockInputs, block_inputs, instrument
 from calibration.loader import Original, load_original
 from calibration.model_card import model_card
@@ -31,6 +32,7 @@ from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
 from vllm_offq.format import CheckpointConfig
 from vllm_offq.manifest import expected_tensors
+from vllm_offq.wrappers import PREFIX, REST
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at once."""
@@ -62,7 +64,8 @@ def quantize(
     CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     with progress("opening the model", 1):
         original = load_original(source)
-    config = plan(original.model.config, original.architecture, settings)
+    rest, prefix = (REST, PREFIX) if original.surroundings else ((), "")
+    config = plan(original.model.config, original.architecture, settings, rest)
     dtype = _stored_dtype(settings, original)
     original_bytes = original.num_bytes
     continues = bool(resume) and unfinished(out)
@@ -71,6 +74,7 @@ def quantize(
         overwrite=overwrite,
         resume=continues,
         expected_bytes=_expected_bytes(original, config, dtype),
+        prefix=prefix,
     )
     with torch.no_grad(), writer:
         saved = SavedRun(writer, _fingerprint(original, settings), continues)
@@ -83,7 +87,7 @@ def quantize(
             raise
         writer.commit()
         report = record.report(
-            original.name, original.architecture.name, settings, original_bytes, writer.sizes
+            original.name, original.class_name, settings, original_bytes, writer.sizes
         )
         write_report(report, writer.folder)
     return report
@@ -240,7 +244,7 @@ class _Run:
         )
 
     def write_rest(self, rotations: Rotations) -> None:
-        """Final norm, head, configuration, tokenizer, generation config, model card."""
+        """Final norm, head, what is around the language model, configuration and other files."""
         original, writer = self.original, self.writer
         architecture, tied = original.architecture, original.architecture.layout.head_is_embedding
         heads = [] if tied else [architecture.head]
@@ -251,13 +255,15 @@ class _Run:
                 writer.add(f"{architecture.final_norm}.{name}", parameter.to(self.dtype))
             if head is not None:
                 self.write_end(architecture.head, head)
+        for name, tensor in original.rest(partial(fuse_rows, rotations=rotations)):
+            writer.add_rest(name, tensor)
         hf_config = original.model.config
         hf_config.architectures = [architecture.name]
         hf_config.tie_word_embeddings = tied  # else only the head takes the final norm's gain
         hf_config.dtype = self.dtype
         hf_config.quantization_config = self.config.model_dump()
-        hf_config.save_pretrained(writer.folder)
         original.tokenizer.save_pretrained(writer.folder)
+        original.save_config(writer.folder)
         if original.model.generation_config is not None:
             original.model.generation_config.save_pretrained(writer.folder)
         writer.add_text("README.md", model_card(original.name, self.config, self.settings))
@@ -276,7 +282,7 @@ def _expected_bytes(original: Original, config: CheckpointConfig, dtype: torch.d
         "architectures": [original.architecture.name],
         "tie_word_embeddings": original.architecture.layout.head_is_embedding,
     }
-    return sum(
+    return original.rest_bytes + sum(
         math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize
         for spec in expected_tensors(model_config, config).values()
     )

@@ -1,5 +1,6 @@
 """From model, recipe and settings to the checkpoint's configuration: sizes that fit, or refusal."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import vllm_offq
@@ -23,10 +24,15 @@ DEFAULT_SIZES = (128, 64)
 POSSIBLE_SIZES = (256, 128, 64, 32, 16)
 
 
-def plan(model_config: Any, architecture: Architecture, settings: Settings) -> CheckpointConfig:
+def plan(
+    model_config: Any,
+    architecture: Architecture,
+    settings: Settings,
+    rest: Sequence[str] = (),
+) -> CheckpointConfig:
     """The configuration that a run will write; decides every group size before any long work.
 
-    model_config: the Hugging Face config.
+    model_config: the Hugging Face config; rest: paths of what is not the language model.
     Raises: UserError naming the layer and the group sizes that can work, or what of the model is
     not supported.
     """
@@ -116,7 +122,8 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         embedding=embedding,
         kv_cache=kv_cache,
         ignore=[_last(site.router) for site in architecture.sites if site.router]
-        + ([] if head else [architecture.head]),
+        + ([] if head else [architecture.head])
+        + [*rest],
     )
 
 

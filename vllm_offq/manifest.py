@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_offq.architectures import Layout, Sizes, find_layout, read_sizes
+from vllm_offq.architectures import Layout, Sizes, find_layout, language_config, read_sizes
 from vllm_offq.errors import UserError
 from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig
 
@@ -26,12 +26,14 @@ class TensorSpec(NamedTuple):
 def expected_tensors(
     model_config: dict[str, Any], config: CheckpointConfig
 ) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint by name.
+    """Every tensor of a checkpoint's language model by name.
 
     model_config: the content of config.json.
     Raises: UserError if config.json lacks a size, or its sizes and quantization_config disagree.
     """
-    layout, sizes = find_layout(model_config), read_sizes(model_config)
+    layout = find_layout(model_config)
+    model_config = language_config(model_config)
+    sizes = read_sizes(model_config)
     expected = {
         f"{layout.final_norm}.weight": TensorSpec((sizes.hidden,), FLOATING),
     }

@@ -28,9 +28,7 @@ SAVED_BY_TRANSFORMERS = {
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
 """Names that some of its versions give, and those of the hub, which vLLM has."""
-CLIP_LIKE = re.compile(
-    r"vision_tower\.(?=(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)"
-)
+CLIP_LIKE = re.compile(r"vision_tower\.(?=(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)")
 """Where others leave a `vision_model` out that vLLM needs."""
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -117,6 +115,22 @@ class Surroundings:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
 
+    def join(self, language: PreTrainedModel, rest: Mapping[str, Tensor]) -> PreTrainedModel:
+        """The whole model in float32, around a language model that is in memory.
+
+        rest: all other tensors by their names in a checkpoint.
+        """
+        config = deepcopy(self.config)
+        config.quantization_config = None
+        model: PreTrainedModel = getattr(transformers, self.wrapper.name).from_pretrained(
+            None, config=config, state_dict=dict(rest), dtype=torch.float32
+        )
+        model.eval().requires_grad_(False)
+        model.set_submodule("model.language_model", language.get_decoder())
+        model.set_submodule("lm_head", language.get_submodule("lm_head"))
+        model.config.text_config = language.config  # by it, masks are made
+        return model
+
 
 def surroundings(config: PreTrainedConfig, folder: Path) -> Surroundings | None:
     """Of a model by its Hugging Face config; None: it is a language model itself."""
@@ -124,23 +138,3 @@ def surroundings(config: PreTrainedConfig, folder: Path) -> Surroundings | None:
         if name in WRAPPERS:
             return Surroundings(WRAPPERS[name], config, folder)
     return None
-
-
-def join(
-    config: PreTrainedConfig, language: PreTrainedModel, rest: Mapping[str, Tensor]
-) -> PreTrainedModel:
-    """The whole model in float32, around a language model that is in memory.
-
-    config: of the whole model; rest: its other tensors by their names in a checkpoint.
-    """
-    config = deepcopy(config)
-    config.quantization_config = None
-    whole = getattr(transformers, config.architectures[0])  # one of WRAPPERS
-    model: PreTrainedModel = whole.from_pretrained(
-        None, config=config, state_dict=dict(rest), dtype=torch.float32
-    ).eval()
-    model.requires_grad_(False)
-    model.set_submodule("model.language_model", language.get_decoder())
-    model.set_submodule("lm_head", language.get_submodule("lm_head"))
-    model.config.text_config = language.config  # of its attention, masks are made
-    return model

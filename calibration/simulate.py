@@ -25,7 +25,7 @@ from calibration.experts import separate_experts
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import OffQLinear, attention_state, instrument, layers_of
 from calibration.loader import Original
-from calibration.multimodal import join, plain_name, surroundings
+from calibration.multimodal import plain_name, surroundings
 from calibration.rotations import Rotations
 from vllm_offq.checkpoint import Checkpoint
 from vllm_offq.format import (
@@ -79,7 +79,7 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
         model = simulated_model(hf_config, checkpoint.config, tensors)
     else:
         language = simulated_model(around.language_config, checkpoint.config, tensors)
-        model = join(hf_config, language, rest)
+        model = around.join(language, rest)
     return model, AutoTokenizer.from_pretrained(path)
 
 

@@ -1,5 +1,6 @@
 """Tiny random models of the multimodal classes, processor included, as folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 """By name: prefix of the class, family of the language model, what differs in the configuration of
 the vision tower, and of the whole."""
 PROMPT = "Every model {image} answers the same question in its own words"
+IMAGES = 4
+"""How many a test asks about, one after the other."""
 PLACEHOLDERS = {"Gemma3": "<start_of_image>", "Llava": "<image>", "Mistral3": "[IMG]"}
 SPECIAL_TOKENS = {
     "Gemma3": {
@@ -100,19 +103,19 @@ def tiny_image(seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-def tiny_inputs(path: Path, name: str) -> BatchFeature:
+def tiny_inputs(path: Path, name: str, seed: int = 0) -> BatchFeature:
     """PROMPT around an image, prepared for transformers."""
     text = PROMPT.format(image=PLACEHOLDERS[name])
     if name != "Mistral3":
         processor = transformers.AutoProcessor.from_pretrained(path)
-        return processor(images=[tiny_image()], text=text, return_tensors="pt")
+        return processor(images=[tiny_image(seed)], text=text, return_tensors="pt")
     # Its processor needs torchvision, the model does not.
     rows = SIDE // PATCH // 2
     text = text.replace("[IMG]", "[IMG_BREAK]".join(["[IMG]" * rows] * rows) + "[IMG_END]")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     images = transformers.AutoImageProcessor.from_pretrained(path)
     return BatchFeature(
-        tokenizer(text, return_tensors="pt") | images([tiny_image()], return_tensors="pt")
+        tokenizer(text, return_tensors="pt") | images([tiny_image(seed)], return_tensors="pt")
     )
 
 
@@ -138,4 +141,7 @@ def _save_processor(path: Path, name: str) -> int:
         tokenizer.save_pretrained(path)
         images = PixtralImageProcessorPil(size={"longest_edge": SIDE}, patch_size=PATCH)
         images.save_pretrained(path)
+        values = {"processor_class": "PixtralProcessor", "patch_size": PATCH}
+        content = json.dumps(values | {"spatial_merge_size": 2} | tokens)
+        (path / "processor_config.json").write_text(content)
     return tokenizer.convert_tokens_to_ids(tokens["image_token"])

@@ -1,5 +1,6 @@
 """Which tensors a checkpoint must hold, by its configuration, and which values they may have."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ class TensorSpec(NamedTuple):
 
 
 def expected_tensors(
-    model_config: dict[str, Any], config: CheckpointConfig
+    model_config: Mapping[str, Any], config: CheckpointConfig
 ) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint's language model by name.
 
@@ -95,7 +96,7 @@ def _embedding_tensors(
 
 
 def _head_tensors(
-    model_config: dict[str, Any], config: CheckpointConfig, layout: Layout, sizes: Sizes
+    model_config: Mapping[str, Any], config: CheckpointConfig, layout: Layout, sizes: Sizes
 ) -> dict[str, TensorSpec]:
     name, shape = layout.head, (sizes.vocabulary, sizes.hidden)
     tied = layout.head_is_embedding or model_config.get("tie_word_embeddings", False)

@@ -1,13 +1,11 @@
 """Multimodal classes: the language model is quantized, images reach it in its rotated basis."""
 
-import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny
 from tiny_multimodal import MODELS, make_tiny_multimodal, tiny_inputs
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -16,7 +14,6 @@ from calibration.basis import residual_candidates
 from calibration.fuse import fuse_rows
 from calibration.instrument import instrument
 from calibration.loader import load_original
-from calibration.multimodal import join
 from calibration.pipeline import quantize
 from calibration.report import read_report
 from calibration.rotations import principal_rotations
@@ -24,7 +21,6 @@ from calibration.settings import Settings
 from calibration.simulate import fused_model, load_simulated
 from calibration.statistics import collect
 from vllm_offq.checkpoint import Checkpoint, validate_checkpoint
-from vllm_offq.errors import UserError
 
 TOKENS = torch.randint(0, 380, (4, 48), generator=torch.Generator().manual_seed(1))
 SETTINGS = Settings(samples=4, sequence_length=64, dtype="bfloat16", embedding_bits="8")
@@ -69,16 +65,16 @@ def test_rotated_around_an_image_it_computes_the_same(
     rotations = principal_rotations(statistics, 64, 64, 64, online=online)
     if not online:
         rotations.residual = residual_candidates(statistics, 64)["top-1"]
-    assert original.surroundings is not None
-    config, inputs = original.surroundings.config, tiny_inputs(folder, name)
+    around, inputs = original.surroundings, tiny_inputs(folder, name)
+    assert around is not None
     rest = dict(original.rest(partial(fuse_rows, rotations=rotations)))
     unrotated = dict(original.rest(lambda rows: None))
     expected = original_model(**inputs).logits
     with fused_model(original, rotations) as language:
-        model = join(config, language, rest)
+        model = around.join(language, rest)
         assert difference(model(TOKENS).logits, original_model(TOKENS).logits) < 1e-4
         assert difference(model(**inputs).logits, expected) < 1e-4
-        assert difference(join(config, language, unrotated)(**inputs).logits, expected) > 1e-2
+        assert difference(around.join(language, unrotated)(**inputs).logits, expected) > 1e-2
 
 
 @torch.no_grad()
@@ -126,7 +122,9 @@ def test_both_ways_of_naming_give_one_checkpoint(folder: Path, quantized: Path) 
         "model." + key.replace("language_model.model.", "language_model."): tensor
         for key, tensor in load_file(folder / "model.safetensors").items()
     }
-    tensors = {key.replace("model.language_model.lm_head", "lm_head"): t for key, t in tensors.items()}
+    tensors = {
+        key.replace("model.language_model.lm_head", "lm_head"): t for key, t in tensors.items()
+    }
     save_file(tensors, renamed / "model.safetensors", metadata={"format": "pt"})
     out = folder.parent / "renamed-offq"
     quantize(str(renamed), out, SETTINGS)

@@ -13,9 +13,8 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_offq import attention_metadata, kernels, kv_cache
 from vllm_offq.attention_metadata import OffQAttentionMetadataBuilder, find_image_tokens
-from vllm_offq.errors import UserError
 from vllm_offq.kernels import reference
-from vllm_offq.kv_cache import OffQAttentionImpl, refuse_cut_images
+from vllm_offq.kv_cache import OffQAttentionImpl
 
 LENGTHS, NEW = [70, 40, 33], [50, 40, 1]
 """Of three requests: the first has a context already, the last is being answered."""
@@ -115,16 +114,3 @@ def test_graphs_hold_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
         AttentionCGSupport.ALWAYS,
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE,
     ]
-
-
-@pytest.mark.parametrize(("chunked", "whole_images"), [(True, True), (False, False)])
-def test_images_that_may_be_cut_are_refused(chunked: bool, whole_images: bool) -> None:
-    def config(chunked: bool, whole_images: bool) -> Any:
-        scheduler = SimpleNamespace(
-            enable_chunked_prefill=chunked, disable_chunked_mm_input=whole_images
-        )
-        return SimpleNamespace(scheduler_config=scheduler)
-
-    refuse_cut_images(config(chunked, whole_images))
-    with pytest.raises(UserError, match="--disable-chunked-mm-input"):
-        refuse_cut_images(config(True, False))

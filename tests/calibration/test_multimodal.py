@@ -1,5 +1,6 @@
 """Multimodal classes: the language model is quantized, images reach it in its rotated basis."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from calibration.basis import residual_candidates
 from calibration.fuse import fuse_rows
 from calibration.instrument import instrument
 from calibration.loader import load_original
+from calibration.multimodal import Surroundings
 from calibration.pipeline import quantize
 from calibration.report import read_report
 from calibration.rotations import principal_rotations
 from calibration.settings import Settings
 from calibration.simulate import fused_model, load_simulated
 from calibration.statistics import collect
-from vllm_offq.checkpoint import Checkpoint, validate_checkpoint
+from vllm_offq.checkpoint import Checkpoint, CheckpointWriter, validate_checkpoint
+from vllm_offq.errors import UserError
 
 TOKENS = torch.randint(0, 380, (4, 48), generator=torch.Generator().manual_seed(1))
 SETTINGS = Settings(samples=4, sequence_length=64, dtype="bfloat16", embedding_bits="8")
@@ -131,3 +134,85 @@ def test_both_ways_of_naming_give_one_checkpoint(folder: Path, quantized: Path) 
     first, second = Checkpoint(quantized), Checkpoint(out)
     assert sorted(first.names) == sorted(second.names)
     assert all(first.load(key).equal(second.load(key)) for key in first.names)
+
+
+def test_an_interrupted_run_goes_on(
+    folder: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = folder.parent / "resumed"
+    with monkeypatch.context() as patch:
+        patch.setattr(Surroundings, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(folder), out, SETTINGS)
+    quantize(str(folder), out, SETTINGS, resume=True)
+    first, second = Checkpoint(quantized), Checkpoint(out)
+    assert sorted(first.names) == sorted(second.names)
+    assert all(first.load(key).equal(second.load(key)) for key in first.names)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_language_model_of_another_class_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_multimodal(tmp_path / "model", "Llava")
+    edit_config(folder, text_config={"model_type": "qwen2"})
+    with pytest.raises(
+        UserError, match=r"^Llava\w+ with a .* of type qwen2 is not supported; .*llama"
+    ):
+        load_original(str(folder))
+
+
+def test_other_multimodal_classes_are_refused_with_the_list(tmp_path: Path) -> None:
+    name = "Qwen2_5_VLForConditionalGeneration"
+    content = {"model_type": "qwen2_5_vl", "architectures": [name]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{name} is not supported; .*Mistral3ForConditional"):
+        load_original(str(tmp_path))
+
+
+def test_what_is_around_is_checked(tmp_path: Path) -> None:
+    folder = make_tiny_multimodal(tmp_path / "model", "Llava")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    weight = "multi_modal_projector.linear_2.weight"
+    for changed, sentence in (
+        ({weight: tensors[weight] * torch.nan}, f"{weight} is not of finite"),
+        ({weight: tensors[weight][:64]}, f"{weight} has shape .64, 256., .* 256 wide"),
+    ):
+        save_file(tensors | changed, path, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=sentence):
+            quantize(str(folder), tmp_path / "out", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "added", "tensor", "sentence"),
+    [
+        (TOWER, "none", None, "tensors of vision_tower are missing"),
+        ("none", "audio_tower.weight", torch.ones(1), "does not belong there"),
+        ("none", f"{TOWER}extra", torch.tensor([torch.nan]), "holds NaN"),
+        ("none", f"{TOWER}extra", torch.ones(1).long(), "has dtype torch.int64"),
+    ],
+)
+def test_a_checkpoint_with_something_else_around_is_refused(
+    left_out: str,
+    added: str,
+    tensor: Tensor | None,
+    sentence: str,
+    quantized: Path,
+    tmp_path: Path,
+) -> None:
+    checkpoint = Checkpoint(quantized)
+    with CheckpointWriter(tmp_path / "changed") as writer:
+        for kept in checkpoint.names:
+            if not kept.startswith(left_out):
+                writer.add(kept, checkpoint.load(kept))
+        if tensor is not None:
+            writer.add(added, tensor)
+        writer.add_text("config.json", (quantized / "config.json").read_text())
+    with pytest.raises(UserError, match=sentence):
+        validate_checkpoint(tmp_path / "changed")

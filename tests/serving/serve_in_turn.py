@@ -1,8 +1,8 @@
 """Several checkpoints, one `LLM(...)` after the other in this one process: that takes seconds each.
 
 Usage: python serve_in_turn.py PROMPTS.json ANSWERS.json CHECKPOINT...
-PROMPTS is a list of token ids a prompt; ANSWERS gives by checkpoint, for each prompt, the token ids
-of the answer and the log-probabilities of all tokens from the prompt's second on.
+PROMPTS is a list of token ids a prompt; ANSWERS gives by checkpoint, for each prompt, its token
+ids, those of the answer and the log-probabilities of all tokens from the prompt's second on.
 """
 
 import json

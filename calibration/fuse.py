@@ -27,7 +27,12 @@ class Part(NamedTuple):
 @torch.no_grad()
 def fuse_embedding(embedding: nn.Module, rotations: Rotations) -> None:
     """Rotate or permute what the embedding writes to the residual stream, in place."""
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    fuse_rows(embedding.weight, rotations)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def fuse_rows(weight: Tensor, rotations: Rotations) -> None:
+    """Rotate or permute rows that are added to the residual stream, [..., n], in place."""
     if rotations.residual is not None:
         _rotate_rows(weight, rotations.residual)
     if rotations.residual_order is not None:

@@ -37,6 +37,7 @@ def describe(checkpoint: Any) -> dict[str, Any]:
     """Sizes and settings of a vllm_offq.checkpoint.Checkpoint, from its headers alone."""
     from vllm_offq.architectures import HEAD
     from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE
+    from vllm_offq.wrappers import PREFIX, is_rest
 
     kinds = {
         WEIGHT_PACKED: "quantized weights",
@@ -49,9 +50,12 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         outside = "embedding and head" if "layers" not in name else "norms and biases"
         kind = kinds.get(last, "norms and biases" if "norm" in name else outside)
         if "layers" not in name and last == WEIGHT_PACKED:
-            kind = "head, 8 bit" if name.startswith(HEAD) else "embedding, 8 bit"
+            is_head = name.removeprefix(PREFIX).startswith(HEAD)
+            kind = "head, 8 bit" if is_head else "embedding, 8 bit"
         elif "layers" not in name and last == WEIGHT_SCALE:
             kind = "scales of 8 bit"
+        if is_rest(name):
+            kind = "image encoder"
         entry = tensors.setdefault(kind, {"tensors": 0, "parameters": 0, "bytes": 0})
         count = 1
         for size in checkpoint.shape(name):

@@ -1,7 +1,7 @@
 """The original model, without its weights until they are asked for."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from accelerate.utils import set_module_tensor_to_device
 from gguf import GGUFReader
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from calibration.architectures import Architecture, find_architecture
 from calibration.experts import separate_experts
+from calibration.multimodal import Surroundings, plain_name, surroundings
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
 from vllm_offq.errors import UserError
 
@@ -41,6 +42,7 @@ class Original:
 
     name: str
     model: PreTrainedModel
+    """The language model."""
     weights: Weights
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
@@ -48,6 +50,13 @@ class Original:
     """The dtype of the original's weights."""
     device: torch.device = CPU
     """Where what is loaded goes, and therefore computes."""
+    surroundings: Surroundings | None = None
+    """What is around the language model, in a multimodal class."""
+
+    @property
+    def class_name(self) -> str:
+        """Hugging Face class of the whole."""
+        return (self.surroundings.wrapper if self.surroundings else self.architecture).name
 
     @property
     def num_layers(self) -> int:
@@ -58,11 +67,29 @@ class Original:
     def num_bytes(self) -> int:
         """Of the original's weights as it stores them, tied tensors once."""
         tied = self.architecture.head if self.model.config.tie_word_embeddings else "none"
-        return self.dtype.itemsize * sum(
+        language = self.dtype.itemsize * sum(
             parameter.numel()
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
             if not name.startswith(f"{tied}.")
         )
+        return language + self.rest_bytes
+
+    @property
+    def rest_bytes(self) -> int:
+        """Of all that is not the language model."""
+        return self.surroundings.num_bytes(self.weights) if self.surroundings else 0
+
+    def rest(self, fuse: Callable[[Tensor], None]) -> Iterator[tuple[str, Tensor]]:
+        """All that is not the language model, if there is any; see Surroundings.tensors."""
+        if self.surroundings is not None:
+            yield from self.surroundings.tensors(self.weights, fuse)
+
+    def save_config(self, folder: Path) -> None:
+        """Write the language model's configuration as it is now, within the whole model's."""
+        if self.surroundings is None:
+            self.model.config.save_pretrained(folder)
+        else:
+            self.surroundings.save(self.model.config, folder)
 
     @contextmanager
     def loaded(self, *paths: str) -> Iterator[list[nn.Module]]:
@@ -129,6 +156,9 @@ def load_original(source: str, device: torch.device = CPU) -> Original:
     gguf = "gguf_file" in arguments
     if getattr(config, "quantization_config", None) is not None and not gguf:
         raise UserError(f"{source} is quantized already; give the original 16-bit model")
+    around = surroundings(config, Path(folder))
+    if around is not None:
+        config = around.language_config
     architecture = _architecture(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
@@ -141,7 +171,7 @@ def load_original(source: str, device: torch.device = CPU) -> Original:
             config = model.config
             weights = LoadedWeights(model.state_dict())
         else:
-            weights = ShardedWeights(Path(folder))
+            weights = ShardedWeights(Path(folder), plain_name if around else str)
         skeleton = _skeleton(config, architecture, device)
     except UserError:
         raise
@@ -159,6 +189,7 @@ def load_original(source: str, device: torch.device = CPU) -> Original:
         architecture=architecture,
         dtype=torch.float32 if gguf else weights.load(f"{architecture.embedding}.weight").dtype,
         device=device,
+        surroundings=around,
     )
 
 

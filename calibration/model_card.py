@@ -6,17 +6,18 @@ from huggingface_hub import ModelCardData
 
 from calibration.settings import Settings
 from vllm_offq.format import CheckpointConfig
+from vllm_offq.wrappers import REST
 
 
 def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
     """The card's text. name: of the original, a hub id where it came from the hub."""
-    cached = config.kv_cache is not None
+    cached, sees_images = config.kv_cache is not None, REST[0] in config.ignore
     bits = config.sites["attention_input"].bits
     metadata = ModelCardData(
         base_model=name if "/" in name else None,
         base_model_relation="quantized",
         library_name="vllm",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if sees_images else "text-generation",
         tags=["offq", "4-bit", f"w4a{bits}", "vllm"],
     )
     activations = "weights and activations" if bits == 4 else f"weights, {bits}-bit activations"

@@ -1,6 +1,7 @@
 """`quantize`: a Hugging Face model in, an OffQ checkpoint out."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import vllm_offq
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
 from calibration.ends import head_inputs, write_embedding, write_head
-from calibration.fuse import fuse_block, fuse_embedding, fuse_head
+from calibration.fuse import fuse_block, fuse_embedding, fuse_head, fuse_rows
 from calibration.instrument import BlockInputs, block_inputs, instrument
-from calibration.loader import Original, load_original, usable_device
+from calibration.loader import CPU, Original, load_original, usable_device
 from calibration.model_card import model_card
 from calibration.plan import expected_bytes, plan, stored_dtype
 from calibration.progress import Progress, no_progress
@@ -29,6 +30,7 @@ from calibration.survey import survey
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
 from vllm_offq.format import CheckpointConfig
+from vllm_offq.wrappers import PREFIX, REST
 
 BATCH_TOKENS = 2048
 """Tokens that go through a block at once."""
@@ -62,7 +64,8 @@ def quantize(
     CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     with progress("opening the model", 1):
         original = load_original(source, usable_device(device))
-    config = plan(original.model.config, original.architecture, settings)
+    rest, prefix = (REST, PREFIX) if original.surroundings else ((), "")
+    config = plan(original.model.config, original.architecture, settings, rest)
     dtype = stored_dtype(settings, original)
     original_bytes = original.num_bytes
     continues = bool(resume) and unfinished(out)
@@ -71,6 +74,7 @@ def quantize(
         overwrite=overwrite,
         resume=continues,
         expected_bytes=expected_bytes(original, config, dtype),
+        prefix=prefix,
     )
     with torch.no_grad(), writer:
         saved = SavedRun(writer, _fingerprint(original, settings), continues)
@@ -83,7 +87,7 @@ def quantize(
             raise
         writer.commit()
         report = record.report(
-            original.name, original.architecture.name, settings, original_bytes, writer.sizes
+            original.name, original.class_name, settings, original_bytes, writer.sizes
         )
         write_report(report, writer.folder)
     return report
@@ -241,7 +245,7 @@ class _Run:
         )
 
     def write_rest(self, rotations: Rotations, streams: Streams) -> None:
-        """Final norm, head, configuration, tokenizer, generation config, model card."""
+        """Final norm, head, what is around the language model, configuration and other files."""
         original, writer = self.original, self.writer
         architecture, tied = original.architecture, original.architecture.layout.head_is_embedding
         heads = [] if tied else [architecture.head]
@@ -261,13 +265,16 @@ class _Run:
                     writer,
                     self.dtype,
                 )
+        on_cpu = rotations.to(CPU)
+        for name, tensor in original.rest(partial(fuse_rows, rotations=on_cpu)):
+            writer.add_rest(name, tensor)
         hf_config = original.model.config
         hf_config.architectures = [architecture.name]
         hf_config.tie_word_embeddings = tied  # else only the head takes the final norm's gain
         hf_config.dtype = self.dtype
         hf_config.quantization_config = self.config.model_dump()
-        hf_config.save_pretrained(writer.folder)
         original.tokenizer.save_pretrained(writer.folder)
+        original.save_config(writer.folder)
         if original.model.generation_config is not None:
             original.model.generation_config.save_pretrained(writer.folder)
         writer.add_text("README.md", model_card(original.name, self.config, self.settings))

@@ -1,6 +1,7 @@
 """From model, recipe and settings to the checkpoint's configuration: sizes that fit, or refusal."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,10 +29,15 @@ DEFAULT_SIZES = (128, 64)
 POSSIBLE_SIZES = (256, 128, 64, 32, 16)
 
 
-def plan(model_config: Any, architecture: Architecture, settings: Settings) -> CheckpointConfig:
+def plan(
+    model_config: Any,
+    architecture: Architecture,
+    settings: Settings,
+    rest: Sequence[str] = (),
+) -> CheckpointConfig:
     """The configuration that a run will write; decides every group size before any long work.
 
-    model_config: the Hugging Face config.
+    model_config: the Hugging Face config; rest: paths of what is not the language model.
     Raises: UserError naming the layer and the group sizes that can work, or what of the model is
     not supported.
     """
@@ -127,7 +133,8 @@ def plan(model_config: Any, architecture: Architecture, settings: Settings) -> C
         embedding=embedding,
         kv_cache=kv_cache,
         ignore=[_last(site.router) for site in architecture.sites if site.router]
-        + ([] if head else [architecture.head]),
+        + ([] if head else [architecture.head])
+        + [*rest],
     )
 
 
@@ -137,7 +144,7 @@ def expected_bytes(original: Original, config: CheckpointConfig, dtype: torch.dt
         "architectures": [original.architecture.name],
         "tie_word_embeddings": original.architecture.layout.head_is_embedding,
     }
-    return sum(
+    return original.rest_bytes + sum(
         math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize
         for spec in expected_tensors(model_config, config).values()
     )

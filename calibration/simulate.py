@@ -25,6 +25,7 @@ from calibration.experts import separate_experts
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import OffQLinear, attention_state, instrument, layers_of
 from calibration.loader import CPU, Original
+from calibration.multimodal import plain_name, surroundings
 from calibration.rotations import Rotations
 from vllm_offq.checkpoint import Checkpoint
 from vllm_offq.format import (
@@ -36,6 +37,7 @@ from vllm_offq.format import (
     unpack_int8,
 )
 from vllm_offq.quantizer import dequantize
+from vllm_offq.wrappers import is_rest
 
 
 @contextmanager
@@ -60,13 +62,24 @@ def fused_model(original: Original, rotations: Rotations) -> Iterator[PreTrained
 
 
 def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
-    """The model of an OffQ checkpoint in float32 with its grids on, and its tokenizer.
+    """The whole model of an OffQ checkpoint in float32 with its grids on, and its tokenizer.
 
     Raises: UserError if path is no OffQ checkpoint.
     """
     checkpoint = Checkpoint(Path(path))
-    tensors = {name: checkpoint.load(name) for name in checkpoint.names}
-    model = simulated_model(AutoConfig.from_pretrained(path), checkpoint.config, tensors)
+    hf_config = AutoConfig.from_pretrained(path)
+    around = surroundings(hf_config, Path(path))
+    rest = {name: checkpoint.load(name) for name in checkpoint.names if around and is_rest(name)}
+    tensors = {
+        plain_name(name) if around else name: checkpoint.load(name)
+        for name in checkpoint.names
+        if name not in rest
+    }
+    if around is None:
+        model = simulated_model(hf_config, checkpoint.config, tensors)
+    else:
+        language = simulated_model(around.language_config, checkpoint.config, tensors)
+        model = around.join(language, rest)
     return model, AutoTokenizer.from_pretrained(path)
 
 

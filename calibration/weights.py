@@ -1,7 +1,7 @@
 """Where the original's tensors come from: shards on disk, read one by one, or a loaded model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +27,15 @@ class Weights(Protocol):
         """
         ...
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        ...
+
+    def num_bytes(self, name: str) -> int:
+        """Of one tensor, without reading it."""
+        ...
+
     def fingerprint(self) -> str:
         """Changes when the weights do, without reading all of them."""
         ...
@@ -46,6 +55,15 @@ class LoadedWeights:
             raise _missing(name, "the model")
         return self._tensors[name].clone()
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._tensors)
+
+    def num_bytes(self, name: str) -> int:
+        """Of one tensor."""
+        return self._tensors[name].nbytes
+
     def fingerprint(self) -> str:
         """Sum of all tensors: they are in memory anyway."""
         return repr(sum(float(tensor.double().sum()) for tensor in self._tensors.values()))
@@ -54,30 +72,45 @@ class LoadedWeights:
 class ShardedWeights:
     """Of a folder with safetensors: headers are read at once, a tensor when it is asked for.
 
+    rename: from a tensor's name on disk to the one that it is asked for by.
     Raises: UserError if there are no safetensors, or one of them is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rename: Callable[[str], str] = str) -> None:
         self.folder = folder
-        self._files: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        """File and name in it."""
         for path in _shards(folder):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._files |= dict.fromkeys(file.keys(), path)
+                    self._places |= {rename(name): (path, name) for name in file.keys()}  # noqa: SIM118 - not a dict
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{path} cannot be loaded, it may be incomplete ({error}); download it again"
                 ) from None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._places
 
     def load(self, name: str) -> Tensor:
-        if name not in self._files:
+        return self._get(name).clone()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._places)
+
+    def num_bytes(self, name: str) -> int:
+        """Of one tensor: it is mapped, not read."""
+        return self._get(name).nbytes
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self._places:
             raise _missing(name, str(self.folder))
+        path, stored = self._places[name]
         # A file that stays open stays mapped, and all that was ever read of it resident.
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name).clone()
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(stored)
 
     def fingerprint(self) -> str:
         """Names, sizes and times of the shards."""

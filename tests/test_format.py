@@ -41,6 +41,13 @@ def test_an_ignored_linear_may_be_named_in_full() -> None:
     assert not config.is_ignored("model.layers.1.mlp.down_proj")
 
 
+def test_an_ignored_parent_is_one_with_all_below_it() -> None:
+    config = parse_config(quantization_config(ignore=["vision_tower"]))
+    assert config.is_ignored("vision_tower.encoder.layers.0.self_attn.q_proj")
+    assert not config.is_ignored("vision_tower2.encoder.layers.0.self_attn.q_proj")
+    assert not config.is_ignored("language_model.vision_tower.q_proj")
+
+
 @pytest.mark.parametrize("key", sorted(quantization_config().keys() - {"embedding"}))
 def test_a_missing_key_is_named(key: str) -> None:
     raw = quantization_config()

@@ -108,6 +108,16 @@ def test_ignored_linear_stays_unquantized() -> None:
     assert isinstance(method, UnquantizedLinearMethod)
 
 
+def test_a_vision_tower_stays_unquantized_though_its_linears_have_the_names_of_others() -> None:
+    config = offq_config(ignore=["vision_tower", "multi_modal_projector"])
+    tower = "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj"
+    for prefix in (tower, "multi_modal_projector.linear_2"):
+        method = config.get_quant_method(bare(LinearBase), prefix)
+        assert isinstance(method, UnquantizedLinearMethod)
+    language = "language_model.model.layers.0.self_attn.qkv_proj"
+    assert isinstance(config.get_quant_method(bare(LinearBase), language), OffQLinearMethod)
+
+
 def test_the_head_is_quantized_where_the_checkpoint_says_so() -> None:
     head = bare(ParallelLMHead)
     method = offq_config().get_quant_method(head, "lm_head")
@@ -241,7 +251,6 @@ def kv_cache_method() -> OffQKVCacheMethod:
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
         ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
         ({"has_sink": True}, "attention sinks"),
-        ({"use_mm_prefix": True}, "multimodal prefix"),
         ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "shared"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
     ],
@@ -249,6 +258,20 @@ def kv_cache_method() -> OffQKVCacheMethod:
 def test_unsupported_attention_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         kv_cache_method().create_weights(attention_layer(**change))
+
+
+def test_images_that_a_step_may_cut_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their tokens see each other in both directions."""
+
+    def create(**scheduler: bool) -> None:
+        config = SimpleNamespace(scheduler_config=SimpleNamespace(**scheduler))
+        monkeypatch.setattr(kv_cache, "get_current_vllm_config", lambda: config)
+        kv_cache_method().create_weights(attention_layer(use_mm_prefix=True))
+
+    create(enable_chunked_prefill=True, disable_chunked_mm_input=True)
+    create(enable_chunked_prefill=False, disable_chunked_mm_input=False)
+    with pytest.raises(UserError, match="--disable-chunked-mm-input"):
+        create(enable_chunked_prefill=True, disable_chunked_mm_input=False)
 
 
 def test_sizes_between_the_steps_of_the_kernels_are_refused(

@@ -100,7 +100,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 SIZES and the class's own."""
 
 
-def make_tiny_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def make_tiny_tokenizer(vocab_size: int = 512, **options: Any) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on CORPUS; it may have fewer tokens than vocab_size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,6 +117,7 @@ def make_tiny_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         chat_template=CHAT_TEMPLATE,
+        **options,
     )
 
 
@@ -165,8 +166,16 @@ def make_tiny(path: Path, family: str, seed: int = 0, **changes: Any) -> Path:
     return _save(AutoModelForCausalLM.from_config(config), path)
 
 
-@torch.no_grad()
 def _save(model: PreTrainedModel, path: Path) -> Path:
+    initialise(model)
+    model.save_pretrained(path)
+    make_tiny_tokenizer(model.config.vocab_size).save_pretrained(path)
+    return path
+
+
+@torch.no_grad()
+def initialise(model: PreTrainedModel) -> None:
+    """Give a language model the weights that are described above."""
     config = model.config
     output_norms = ["post_feedforward_layernorm"]
     if "post_feedforward_layernorm" in str(model):
@@ -185,6 +194,3 @@ def _save(model: PreTrainedModel, path: Path) -> Path:
             tied = config.tie_word_embeddings and kind == "embed_tokens"
             std = TIED_STD if tied else STD.get(kind)
             parameter.normal_(0, std or INNER_STD[kind] / parameter.shape[1] ** 0.5)
-    model.save_pretrained(path)
-    make_tiny_tokenizer(config.vocab_size).save_pretrained(path)
-    return path

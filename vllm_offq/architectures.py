@@ -4,11 +4,12 @@ Calibration builds its tables upon these, the plugin validates checkpoints by th
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from vllm_offq.errors import UserError
+from vllm_offq.wrappers import PREFIX, WRAPPERS, class_name, find_wrapper, language_config
 
 HEAD = "lm_head"
 
@@ -143,6 +144,11 @@ class Layout:
     experts: Experts | None = None
     """Of the blocks that have some; `linears` are then those of a block without."""
 
+    def under(self, prefix: str) -> "Layout":
+        """The same, for names that begin with a prefix."""
+        paths = ("layers", "embedding", "final_norm", "head")
+        return replace(self, **{path: prefix + getattr(self, path) for path in paths})
+
     def linear_shapes(
         self, model_config: Mapping[str, Any], sizes: Sizes, layer: int
     ) -> dict[str, tuple[int, int]]:
@@ -200,16 +206,21 @@ LAYOUTS = {
 }
 
 
+def supported_classes() -> str:
+    """Their names, for a refusal."""
+    return ", ".join(sorted(LAYOUTS.keys() | WRAPPERS.keys()))
+
+
 def find_layout(model_config: Mapping[str, Any]) -> Layout:
     """The layout for a config.json. Raises: UserError listing the supported classes."""
-    names = model_config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
+    name = class_name(language_config(model_config))
     if name not in LAYOUTS:
         raise UserError(
             f"config.json: architecture {name} is not supported; supported are "
-            f"{', '.join(sorted(LAYOUTS))}"
+            f"{supported_classes()}"
         )
-    return LAYOUTS[name]
+    layout = LAYOUTS[name]
+    return layout if find_wrapper(model_config) is None else layout.under(PREFIX)
 
 
 def _size(model_config: Mapping[str, Any], key: str, default: int | None = None) -> int:

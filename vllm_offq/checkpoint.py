@@ -14,7 +14,8 @@ from torch import Tensor
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
 from vllm_offq.format import CONFIG_FILE, INDEX_FILE, CheckpointConfig, parse_config
-from vllm_offq.manifest import check_values, expected_tensors
+from vllm_offq.manifest import FLOATING, TensorSpec, check_values, expected_tensors
+from vllm_offq.wrappers import REST, find_wrapper, is_rest
 
 __all__ = ["Checkpoint", "CheckpointWriter", "validate_checkpoint"]
 
@@ -108,6 +109,7 @@ def validate_checkpoint(path: Path) -> None:
     """
     checkpoint = Checkpoint(path)
     expected = expected_tensors(checkpoint.model_config, checkpoint.config)
+    expected |= _rest(checkpoint)
     again = f"; quantize or download {path} again"
     found = set(checkpoint.names)
     missing = [name for name in expected if name not in found]
@@ -132,6 +134,19 @@ def validate_checkpoint(path: Path) -> None:
         problem = check_values(name, checkpoint.load(name))
         if problem:
             raise UserError(f"{path}: tensor {name} {problem}{again}")
+
+
+def _rest(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """What surrounds the language model: of any shape. Raises: UserError where there is none."""
+    if find_wrapper(checkpoint.model_config) is None:
+        return {}
+    for path in REST:
+        if not any(name.startswith(f"{path}.") for name in checkpoint.names):
+            raise UserError(
+                f"{checkpoint.path}: tensors of {path} are missing; quantize or download it again"
+            )
+    rest = filter(is_rest, checkpoint.names)
+    return {name: TensorSpec(checkpoint.shape(name), FLOATING) for name in rest}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class CheckpointWriter:
     resume: start with what an earlier run left in the hidden folder, see `adopt`.
     max_shard_bytes: tensors are kept in memory until they fill a shard of this size.
     expected_bytes: the size to come, where known; checked against the free space at once.
+    prefix: of the language model's tensors in the checkpoint; its callers name them without.
     Raises: UserError if `out` exists, cannot be written, is being written by another run, or the
     disk is too small or full.
     """
@@ -47,6 +48,7 @@ class CheckpointWriter:
         resume: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         expected_bytes: int | None = None,
+        prefix: str = "",
     ) -> None:
         self.out = Path(out).resolve()
         self.folder = partial_folder(self.out)
@@ -60,6 +62,7 @@ class CheckpointWriter:
         self._overwrite = overwrite
         self._resume = resume
         self._max_shard_bytes = max_shard_bytes
+        self._prefix = prefix
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._replaced: dict[str, Tensor] = {}
@@ -108,6 +111,10 @@ class CheckpointWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue one tensor. A copy is taken, so the caller may reuse its memory."""
+        self.add_rest(self._prefix + name, tensor)
+
+    def add_rest(self, name: str, tensor: Tensor) -> None:
+        """Likewise one that is not the language model's, by its whole name."""
         if name in self.sizes:
             raise ValueError(f"tensor {name} was added twice")
         if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
@@ -128,11 +135,16 @@ class CheckpointWriter:
         self._pending_bytes = 0
 
     def written(self) -> dict[str, Tensor]:
-        """All tensors that were added, by name."""
+        """All tensors of the language model that were added, by name."""
         self.commit()
         found: dict[str, Tensor] = {}
         for part in self.parts:
-            found |= load_file(self.folder / part)
+            with safe_open(self.folder / part, framework="pt") as file:
+                found |= {
+                    name.removeprefix(self._prefix): file.get_tensor(name)
+                    for name in file.keys()  # noqa: SIM118 - not a dict
+                    if name.startswith(self._prefix)
+                }
         return found
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
@@ -141,9 +153,9 @@ class CheckpointWriter:
         They are kept in memory to the end; parts on disk stay as they are for `adopt`.
         """
         for name, tensor in tensors.items():
-            if tensor.nbytes != self.sizes[name]:
+            if tensor.nbytes != self.sizes[self._prefix + name]:
                 raise ValueError(f"tensor {name} would change its size")
-        self._replaced |= tensors
+            self._replaced[self._prefix + name] = tensor
 
     def add_text(self, filename: str, text: str) -> None:
         """Write one text file."""

@@ -188,6 +188,7 @@ class _Engine:
                 max_model_len=sequence_length + 1,
                 max_logprobs=-1,
                 enforce_eager=True,
+                limit_mm_per_prompt={"image": 0},  # only text is scored
             )
         except (ValueError, OSError, RuntimeError) as error:
             raise UserError(f"vLLM cannot run {model}: {_sentence(error)}") from error

@@ -131,7 +131,7 @@ class CheckpointConfig(_Strict):
     kv_cache: KVCacheConfig | None
     """None: the cache keeps vLLM's own format."""
     ignore: list[Name]
-    """Linears left in 16 bit, by last name component or by full name."""
+    """Linears left in 16 bit, by last name component, by full name or by that of a parent."""
 
     @field_validator("sites")
     @classmethod
@@ -163,7 +163,9 @@ class CheckpointConfig(_Strict):
 
     def is_ignored(self, module: str) -> bool:
         """Whether a linear stays in 16 bit."""
-        return module in self.ignore or module.rpartition(".")[2] in self.ignore
+        if module.rpartition(".")[2] in self.ignore:
+            return True
+        return any(module == name or module.startswith(f"{name}.") for name in self.ignore)
 
 
 def parse_config(raw: Any) -> CheckpointConfig:

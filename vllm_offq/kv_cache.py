@@ -1,13 +1,14 @@
-"""The 4-bit KV cache in vLLM: method, backend, metadata, impl. The arithmetic is in kernels."""
+"""The 4-bit KV cache in vLLM: method, backend, impl. The arithmetic is in kernels."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -18,17 +19,18 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
     AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
     AttentionType,
-    CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from vllm_offq.attention_metadata import (
+    Batch,
+    OffQAttentionMetadata,
+    OffQAttentionMetadataBuilder,
+)
 from vllm_offq.errors import UserError
 from vllm_offq.format import KEY_ROTATION, KVCacheConfig
 from vllm_offq.kernels import backend
@@ -95,7 +97,6 @@ def refuse_unsupported_attention(layer: Attention, group_size: int) -> None:
         f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
         "ALiBi": chosen.alibi_slopes is not None or layer.use_alibi_sqrt,
         "attention sinks": layer.has_sink,
-        "a bidirectional multimodal prefix": layer.use_mm_prefix,
         "a KV cache shared between layers": layer.kv_sharing_target_layer_name is not None,
     }
     for feature, is_used in refused.items():
@@ -108,6 +109,19 @@ def refuse_unsupported_attention(layer: Attention, group_size: int) -> None:
         raise UserError(
             f"--kv-cache-dtype {layer.kv_cache_dtype} cannot be used with this checkpoint, which "
             "decides itself that the KV cache has 4 bits; leave the option out"
+        )
+    if layer.use_mm_prefix:
+        refuse_cut_images(get_current_vllm_config())
+
+
+def refuse_cut_images(vllm_config: VllmConfig) -> None:
+    """Raises: UserError if a step may end within an image whose tokens see those after them."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.enable_chunked_prefill and not scheduler.disable_chunked_mm_input:
+        raise UserError(
+            "the tokens of this model's images see each other in both directions, so no image may "
+            "be cut: start vLLM with --disable-chunked-mm-input, or for text alone with "
+            "--limit-mm-per-prompt '{\"image\": 0}'"
         )
 
 
@@ -126,59 +140,6 @@ def load_key_rotation(parameter: Parameter, loaded: Tensor) -> None:
         )
     first = rank * heads if total >= ranks else rank * total // ranks
     parameter.data.copy_(loaded[first : first + heads])
-
-
-@dataclass
-class OffQAttentionMetadata(AttentionMetadata):
-    """One step's ragged batch."""
-
-    num_tokens: int
-    max_query_len: int
-    """No request has more new tokens."""
-    block_table: Tensor
-    """[requests, blocks] int32."""
-    query_start_loc: Tensor
-    """[requests + 1] int32."""
-    seq_lens: Tensor
-    """[requests] int32."""
-
-
-class OffQAttentionMetadataBuilder(AttentionMetadataBuilder[OffQAttentionMetadata]):
-    """Keeps what the kernels need of vLLM's batch description."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: object,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    @classmethod
-    def get_cudagraph_support(
-        cls, vllm_config: object, kv_cache_spec: object
-    ) -> AttentionCGSupport:
-        """Any batch, if the kernels never wait for the GPU to see what a tensor holds."""
-        if backend().FEATURES.cuda_graphs:
-            return AttentionCGSupport.ALWAYS
-        return AttentionCGSupport.NEVER
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> OffQAttentionMetadata:
-        if common_attn_metadata.causal is not True:
-            raise NotImplementedError("OffQ's 4-bit KV cache supports causal attention only")
-        return OffQAttentionMetadata(
-            num_tokens=common_attn_metadata.num_actual_tokens,
-            max_query_len=common_attn_metadata.max_query_len,
-            block_table=common_attn_metadata.block_table_tensor,
-            query_start_loc=common_attn_metadata.query_start_loc,
-            seq_lens=common_attn_metadata.seq_lens,
-        )
 
 
 class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
@@ -233,20 +194,32 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
         if attn_metadata is None:  # vLLM measures memory with a run without a cache.
             return output.zero_()
         tokens = attn_metadata.num_tokens
-        backend().paged_attention(
-            query[:tokens],
-            kv_cache,
-            attn_metadata.block_table,
-            attn_metadata.seq_lens,
-            attn_metadata.query_start_loc,
-            output[:tokens],
-            self.scale,
-            self.group_size,
-            self.sliding_window,
-            getattr(layer, KEY_ROTATION, None),
-            max_query_len=attn_metadata.max_query_len,
-            logits_soft_cap=self.logits_soft_cap,
-        )
+
+        def attend(query: Tensor, batch: Batch, output: Tensor, sliding_window: int | None) -> None:
+            backend().paged_attention(
+                query,
+                kv_cache,
+                batch.block_table,
+                batch.seq_lens,
+                batch.query_start_loc,
+                output,
+                self.scale,
+                self.group_size,
+                sliding_window,
+                getattr(layer, KEY_ROTATION, None),
+                max_query_len=batch.max_query_len,
+                logits_soft_cap=self.logits_soft_cap,
+            )
+
+        attend(query[:tokens], attn_metadata, output[:tokens], self.sliding_window)
+        if attn_metadata.image_tokens is not None:
+            parts = attn_metadata.image_tokens.batches(
+                attn_metadata.block_table, self.sliding_window
+            )
+            for rows, batch, window in parts:
+                attended = torch.empty_like(output[rows])
+                attend(query[rows], batch, attended, window)
+                output[rows] = attended
         return output
 
 

@@ -1,11 +1,12 @@
 """Which tensors a checkpoint must hold, by its configuration, and which values they may have."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_offq.architectures import Layout, Sizes, find_layout, read_sizes
+from vllm_offq.architectures import Layout, Sizes, find_layout, language_config, read_sizes
 from vllm_offq.errors import UserError
 from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE, CheckpointConfig
 
@@ -24,14 +25,16 @@ class TensorSpec(NamedTuple):
 
 
 def expected_tensors(
-    model_config: dict[str, Any], config: CheckpointConfig
+    model_config: Mapping[str, Any], config: CheckpointConfig
 ) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint by name.
+    """Every tensor of a checkpoint's language model by name.
 
     model_config: the content of config.json.
     Raises: UserError if config.json lacks a size, or its sizes and quantization_config disagree.
     """
-    layout, sizes = find_layout(model_config), read_sizes(model_config)
+    layout = find_layout(model_config)
+    model_config = language_config(model_config)
+    sizes = read_sizes(model_config)
     expected = {
         f"{layout.final_norm}.weight": TensorSpec((sizes.hidden,), FLOATING),
     }
@@ -96,7 +99,7 @@ def _embedding_tensors(
 
 
 def _head_tensors(
-    model_config: dict[str, Any], config: CheckpointConfig, layout: Layout, sizes: Sizes
+    model_config: Mapping[str, Any], config: CheckpointConfig, layout: Layout, sizes: Sizes
 ) -> dict[str, TensorSpec]:
     name, shape = layout.head, (sizes.vocabulary, sizes.hidden)
     tied = layout.head_is_embedding or model_config.get("tie_word_embeddings", False)

@@ -71,9 +71,12 @@ SEAMS: dict[str, dict[str, set[str]]] = {
         "CommonAttentionMetadata": {
             "block_table_tensor",
             "max_query_len",
+            "mm_req_doc_ranges",
             "num_actual_tokens",
             "query_start_loc",
+            "query_start_loc_cpu",
             "seq_lens",
+            "seq_lens_cpu_upper_bound",
         },
         "MultipleOf": {"base"},
     },

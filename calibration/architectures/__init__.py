@@ -7,6 +7,7 @@ from calibration.architectures.mixtures import MIXTRAL, QWEN3_MOE
 from calibration.architectures.olmo2 import OLMO2
 from calibration.architectures.phi3 import PHI3
 from calibration.architectures.qwen import QWEN2, QWEN3
+from vllm_offq.architectures import supported_classes
 from vllm_offq.errors import UserError
 
 _TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, MIXTRAL, QWEN3_MOE)
@@ -25,7 +26,7 @@ def find_architecture(names: list[str] | None) -> Architecture:
             return ARCHITECTURES[name]
     raise UserError(
         f"architecture {', '.join(names or ['(none named)'])} is not supported; supported: "
-        + ", ".join(sorted(ARCHITECTURES))
+        + supported_classes()
     )
 
 

@@ -19,12 +19,20 @@ from pydantic import (
 )
 
 from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE
+from vllm_offq.wrappers import is_rest
 
 FORMAT_VERSION: Final = 1
 
 Name = Annotated[str, StringConstraints(min_length=1)]
 SizeKind = Literal[
-    "embedding", "head", "quantized weights", "weight scales", "key rotations", "norms", "other"
+    "embedding",
+    "head",
+    "quantized weights",
+    "weight scales",
+    "key rotations",
+    "norms",
+    "image encoder",
+    "other",
 ]
 Stage = Literal["original", "rotated", "offset removed"]
 
@@ -182,6 +190,8 @@ def _is_finite(value: Any) -> bool:
 def size_kind(tensor: str) -> SizeKind:
     """What a checkpoint's tensor counts as, by its name, for `Report.sizes`."""
     last = tensor.rpartition(".")[2]
+    if is_rest(tensor):
+        return "image encoder"
     if "lm_head" in tensor:
         return "head"
     if "embed_tokens" in tensor:

@@ -78,6 +78,7 @@ def test_sizes_count_every_kind_of_tensor() -> None:
             f"{layer}.attn.key_rotation",
             "model.norm.weight",
             "model.layers.0.mlp.gate.weight",
+            "vision_tower.ln_pre.weight",
         )
     ] == [
         "embedding",
@@ -87,6 +88,7 @@ def test_sizes_count_every_kind_of_tensor() -> None:
         "key rotations",
         "norms",
         "other",
+        "image encoder",
     ]
 
 

@@ -35,7 +35,8 @@ def connect(server: Server) -> OpenAI:
 
 
 def test_stream(client: OpenAI) -> None:
-    options = {"model": "tiny", "messages": QUESTION, "max_tokens": 6, "temperature": 0}
+    options = {"model": "tiny", "messages": QUESTION, "max_tokens": 8, "temperature": 0}
+    options["extra_body"] = {"ignore_eos": True}
     stream = client.chat.completions.create(**options, stream=True)
     parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert len(parts) > 2

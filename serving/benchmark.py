@@ -6,9 +6,10 @@ every number of concurrent streams and every prompt length, with and without a s
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
@@ -94,7 +95,10 @@ def measure(
 
 
 def tabulate(original: Sequence[Measured], offq: Sequence[Measured]) -> Table:
-    """A section for each load: both models, then the ratio."""
+    """A section for each load: both models, then the ratio.
+
+    The original is measured first; offq may lack loads, where its server failed.
+    """
     table = Table(
         caption="milliseconds: median / 99th percentile; KV cache: largest share in use; "
         "ratio: OffQ's by the original's"
@@ -103,19 +107,12 @@ def tabulate(original: Sequence[Measured], offq: Sequence[Measured]) -> Table:
     table.add_column("", no_wrap=True)
     for heading in ("out tok/s", "TTFT", "TPOT", "KV cache", "pre-\nempted", "prefix\nhits"):
         table.add_column(heading, justify="right")
-    for before, after in zip(original, offq, strict=True):
+    for before, after in zip_longest(original, offq):
         table.add_section()
-        for label, found in ((_label(before.load), before), ("", after)):
-            table.add_row(
-                label,
-                found.model,
-                f"{found.output_tokens_per_second:.1f}",
-                f"{found.ttft_median_ms:.0f} / {found.ttft_p99_ms:.0f}",
-                f"{found.tpot_median_ms:.1f} / {found.tpot_p99_ms:.1f}",
-                f"{found.kv_cache_peak:.1%}",
-                str(found.preemptions),
-                f"{found.prefix_cache_hits:.0%}",
-            )
+        table.add_row(_label(before.load), *_cells(before))
+        if after is None:
+            continue
+        table.add_row("", *_cells(after))
         table.add_row(
             "",
             "ratio",
@@ -126,6 +123,18 @@ def tabulate(original: Sequence[Measured], offq: Sequence[Measured]) -> Table:
             style="bold",
         )
     return table
+
+
+def _cells(found: Measured) -> tuple[str, ...]:
+    return (
+        found.model,
+        f"{found.output_tokens_per_second:.1f}",
+        f"{found.ttft_median_ms:.0f} / {found.ttft_p99_ms:.0f}",
+        f"{found.tpot_median_ms:.1f} / {found.tpot_p99_ms:.1f}",
+        f"{found.kv_cache_peak:.1%}",
+        str(found.preemptions),
+        f"{found.prefix_cache_hits:.0%}",
+    )
 
 
 def _label(load: Load) -> str:
@@ -157,20 +166,34 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
-    """Measure both models in turn, show the table, write results.json and benchmark.png."""
+    """Measure both models in turn, show the table, write results.json and benchmark.png.
+
+    Where it ends early, table and results.json hold what has been measured until then.
+    """
     models, loads, folder = contenders(arguments), sweep(arguments), arguments.output
     if arguments.output_length < 2:
         raise UserError("--output-length must be 2 or more: the time between tokens needs two")
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[Measured]] = {}
-    for contender in models:
-        console.print(f"{contender.name}: {contender.model}")
-        found[contender.name] = []
-        for one in measure(contender, loads, arguments.config, folder):
-            speed = f"{one.output_tokens_per_second:.1f} tokens/s"
-            console.print(f"  {_label(one.load)}: {speed}", style="dim")
-            found[contender.name].append(one)
-    console.print(tabulate(*found.values()))
+    found: dict[str, list[Measured]] = {contender.name: [] for contender in models}
+    try:
+        for contender in models:
+            console.print(f"{contender.name}: {contender.model}")
+            for one in measure(contender, loads, arguments.config, folder):
+                speed = f"{one.output_tokens_per_second:.1f} tokens/s"
+                console.print(f"  {_label(one.load)}: {speed}", style="dim")
+                found[contender.name].append(one)
+    finally:
+        if any(found.values()):
+            console.print(tabulate(*found.values()))
+            _write(found, arguments)
+
+    from serving.benchmark_plot import plot  # matplotlib is slow to import
+
+    plot(found, folder / "benchmark.png")
+    console.print(f"all of it is in {folder}: results.json, benchmark.png, logs")
+
+
+def _write(found: Mapping[str, Sequence[Measured]], arguments: argparse.Namespace) -> None:
     record = {
         "original": str(arguments.against),
         "offq": str(arguments.offq_model),
@@ -178,12 +201,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         "versions": {name: version(name) for name in ("vllm", "vllm-offq")},
         "results": [asdict(one) for of_model in found.values() for one in of_model],
     }
-    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    from serving.benchmark_plot import plot  # matplotlib is slow to import
-
-    plot(found, folder / "benchmark.png")
-    console.print(f"all of it is in {folder}: results.json, benchmark.png, logs")
+    file = arguments.output / "results.json"
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(words: Sequence[str] | None = None) -> None:

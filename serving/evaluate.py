@@ -7,7 +7,7 @@ and on the same documents, so that the difference is known better than either sc
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.table import Table
 from serving.command import command, wide_console
 from serving.contenders import add_arguments, contenders
 from serving.paired import Disagreement, MeanDifference
-from serving.scores import Row, compare
+from serving.scores import Row, TaskScores, compare
 from vllm_offq.errors import UserError
 
 WORK = Path("build/evaluate")  # the servers' logs
@@ -45,7 +45,7 @@ def tabulate(rows: Sequence[Row]) -> Table:
             f"{row.task} ({row.documents})" if row.task != task else "",
             row.metric,
             _cell(row.original, row.original_standard_error),
-            _cell(row.offq, row.offq_standard_error),
+            "" if row.offq is None else _cell(row.offq, row.offq_standard_error),
             "" if row.recovery_percent is None else f"{row.recovery_percent:.1f}%",
             _describe(row.paired),
         )
@@ -92,8 +92,11 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
-    """Evaluate both models in turn, show the table, write the file."""
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Evaluate both models in turn, show the table, write the file.
+
+    Where it ends early, both hold the scores of the model that has some.
+    """
     if arguments.output and not arguments.output.resolve().parent.is_dir():
         raise UserError(f"the folder of {arguments.output} does not exist; make it first")
     models = contenders(arguments)
@@ -102,37 +105,46 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing: `pip install vllm-offq[eval]`") from error
     tasks = Tasks.load(arguments.tasks, arguments.data_folder)  # fails before a server is started
-    scores, seconds = [], {}
-    for contender in models:
-        console.print(f"{contender.name}: {contender.model}")
-        log = WORK / f"{contender.name}.log"
-        with contender.served(arguments.config, log, ALL_CORES) as endpoint:
-            began = time.monotonic()
-            scores.append(
-                evaluate(
-                    endpoint,
-                    contender.model,
-                    tasks,
-                    arguments.limit,
-                    arguments.concurrent,
-                    arguments.batch_size,
+    scores: list[dict[str, TaskScores]] = []
+    seconds: dict[str, float] = {}
+    try:
+        for contender in models:
+            console.print(f"{contender.name}: {contender.model}")
+            log = WORK / f"{contender.name}.log"
+            with contender.served(arguments.config, log, ALL_CORES) as endpoint:
+                began = time.monotonic()
+                scores.append(
+                    evaluate(
+                        endpoint,
+                        contender.model,
+                        tasks,
+                        arguments.limit,
+                        arguments.concurrent,
+                        arguments.batch_size,
+                    )
                 )
-            )
-            seconds[contender.name] = round(time.monotonic() - began, 1)
-        console.print(f"{contender.name}: {seconds[contender.name]} s", style="dim")
-    rows = compare(*scores)
-    console.print(tabulate(rows))
-    if arguments.output:
-        record = {
-            "original": str(arguments.against),
-            "offq": str(arguments.offq_model),
-            "limit": arguments.limit,
-            "versions": {name: version(name) for name in ("vllm", "lm-eval", "vllm-offq")},
-            "seconds": seconds,
-            "results": [asdict(row) for row in rows],
-        }
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return rows
+                seconds[contender.name] = round(time.monotonic() - began, 1)
+            console.print(f"{contender.name}: {seconds[contender.name]} s", style="dim")
+    finally:
+        if scores:
+            rows = compare(*scores)
+            console.print(tabulate(rows))
+            if arguments.output:
+                _write(rows, seconds, arguments)
+
+
+def _write(
+    rows: Sequence[Row], seconds: Mapping[str, float], arguments: argparse.Namespace
+) -> None:
+    record = {
+        "original": str(arguments.against),
+        "offq": str(arguments.offq_model),
+        "limit": arguments.limit,
+        "versions": {name: version(name) for name in ("vllm", "lm-eval", "vllm-offq")},
+        "seconds": seconds,
+        "results": [asdict(row) for row in rows],
+    }
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(words: Sequence[str] | None = None) -> None:

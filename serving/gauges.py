@@ -2,10 +2,12 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import httpx
+
+from serving.server import ServerError
 
 PERIOD = 0.25  # seconds between two looks at what is not counted up
 
@@ -38,18 +40,25 @@ COUNTERS = {
 
 @contextmanager
 def watch(url: str) -> Iterator[Watch]:
-    """Look at a server's metrics before, during and after the block."""
+    """Look at a server's metrics before, during and after the block.
+
+    Raises: ServerError if there are none before or after it.
+    """
     with httpx.Client(base_url=url, timeout=30) as client:
         found, finished = Watch(), threading.Event()
 
         def scrape() -> str:
-            text = client.get("/metrics").raise_for_status().text
+            try:
+                text = client.get("/metrics").raise_for_status().text
+            except httpx.HTTPError as error:
+                raise ServerError(f"the server at {url} has no /metrics: {error}") from error
             found.kv_cache_peak = max(found.kv_cache_peak, read(text, "vllm:kv_cache_usage_perc"))
             return text
 
         def keep_looking() -> None:
             while not finished.wait(PERIOD):
-                scrape()
+                with suppress(ServerError):  # of a server that has died, the block knows more
+                    scrape()
 
         before = scrape()
         thread = threading.Thread(target=keep_looking, daemon=True)

@@ -37,14 +37,14 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one task, of both models."""
+    """One metric of one task, of both models; None where OffQ's has no scores."""
 
     task: str
     metric: str
     documents: int
     original: float
     original_standard_error: float | None
-    offq: float
+    offq: float | None
     offq_standard_error: float | None
     recovery_percent: float | None
     """What OffQ keeps of the original's score; of a perplexity, the inverse ratio."""
@@ -52,32 +52,35 @@ class Row:
     """Document by document."""
 
 
-def compare(original: Mapping[str, TaskScores], offq: Mapping[str, TaskScores]) -> list[Row]:
-    """Set two models' scores side by side.
+def compare(
+    original: Mapping[str, TaskScores], offq: Mapping[str, TaskScores] | None = None
+) -> list[Row]:
+    """Set two models' scores side by side, or the original's alone.
 
     Raises: UserError if they are not of the same documents.
     """
     rows = []
     for task, before in original.items():
-        after = offq[task]
-        if before.documents != after.documents:
+        after = None if offq is None else offq[task]
+        if after is not None and before.documents != after.documents:
             raise UserError(f"the data of {task} changed between the two models; evaluate again")
         for metric, score in before.metrics.items():
-            rows.append(_row(task, metric, len(before.documents), score, after.metrics[metric]))
+            other = None if after is None else after.metrics[metric]
+            rows.append(_row(task, metric, len(before.documents), score, other))
     return rows
 
 
-def _row(task: str, metric: str, documents: int, before: Score, after: Score) -> Row:
+def _row(task: str, metric: str, documents: int, before: Score, after: Score | None) -> Row:
     return Row(
         task=task,
         metric=metric,
         documents=documents,
         original=before.value,
         original_standard_error=_error(before),
-        offq=after.value,
-        offq_standard_error=_error(after),
-        recovery_percent=_recovery(metric, before, after),
-        paired=_paired(before, after),
+        offq=None if after is None else after.value,
+        offq_standard_error=None if after is None else _error(after),
+        recovery_percent=None if after is None else _recovery(metric, before, after),
+        paired=None if after is None else _paired(before, after),
     )
 
 

@@ -1,5 +1,6 @@
 """The plugin without an engine: registering, choosing methods, refusing, sharding, page sizes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,13 @@ def test_unsupported_layer_is_refused_by_name(
         config.get_quant_method(bare(layer), prefix)
 
 
+def offload_config(cpu_offload_gb: float = 0, offload_group_size: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(
+        uva=SimpleNamespace(cpu_offload_gb=cpu_offload_gb),
+        prefetch=SimpleNamespace(offload_group_size=offload_group_size),
+    )
+
+
 def test_kv_cache_in_16_bit_is_left_to_vllm() -> None:
     config = offq_config(kv_cache=None)
     assert config.get_quant_method(bare(Attention), "model.layers.0.self_attn.attn") is None
@@ -185,9 +193,12 @@ def test_kv_cache_in_16_bit_is_left_to_vllm() -> None:
     ("option", "message"),
     [
         ({"lora_config": object()}, "LoRA"),
-        ({"speculative_config": SimpleNamespace(use_ngram=lambda: False)}, "draft model"),
-        ({"kv_transfer_config": object()}, "KV connector"),
-        ({"model_config": SimpleNamespace(use_mla=True)}, "MLA"),
+        (
+            {"speculative_config": SimpleNamespace(use_ngram=lambda: False)},
+            "speculative decoding with a draft model",
+        ),
+        ({"kv_transfer_config": object()}, "a KV connector"),
+        ({"model_config": SimpleNamespace(use_mla=True)}, "multi-head latent attention (MLA)"),
         (
             {
                 "parallel_config": SimpleNamespace(
@@ -196,6 +207,8 @@ def test_kv_cache_in_16_bit_is_left_to_vllm() -> None:
             },
             "context parallelism",
         ),
+        ({"offload_config": offload_config(cpu_offload_gb=1)}, "offloading weights"),
+        ({"offload_config": offload_config(offload_group_size=2)}, "offloading weights"),
     ],
 )
 def test_unsupported_option_is_refused_by_name(option: dict[str, Any], message: str) -> None:
@@ -207,9 +220,11 @@ def test_unsupported_option_is_refused_by_name(option: dict[str, Any], message: 
         "parallel_config": SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1
         ),
+        "offload_config": offload_config(),
     }
     refuse_unsupported_options(SimpleNamespace(**plain))
-    with pytest.raises(UserError, match=message):
+    sentence = rf"^{re.escape(message)} is not supported by OffQ yet; start vLLM without it$"
+    with pytest.raises(UserError, match=sentence):
         refuse_unsupported_options(SimpleNamespace(**plain | option))
 
 
@@ -307,6 +322,16 @@ def test_each_rank_takes_the_rotations_of_its_heads(
         assert torch.equal(rotation, stored[heads])
     with pytest.raises(UserError, match="key_rotation has shape"):
         kv_cache.load_key_rotation(Parameter(torch.empty(3, 2, 2).half()), stored)
+
+
+def test_weights_are_created_again_for_a_reload() -> None:
+    """vLLM asks twice, and the second time the layer has OffQ's backend already."""
+    layer, method = attention_layer(), kv_cache_method()
+    method.create_weights(layer)
+    backend, rotation = layer.impl, layer.key_rotation
+    method.create_weights(layer)
+    assert layer.impl is backend
+    assert layer.key_rotation is not rotation
 
 
 def specs(head_size: int, dtype: torch.dtype) -> list[AttentionSpec]:

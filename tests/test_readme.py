@@ -1,8 +1,13 @@
-"""The README's commands, requests and links are real: the program each is for takes them."""
+"""Commands, requests and links of README and docs are real: the program each is for takes them.
+
+docs/operate.md's commands have a test of their own.
+"""
 
 import json
 import re
 import shlex
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import Any
@@ -16,19 +21,22 @@ import typer
 from calibration.cli import app
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_COMMANDS = ["README.md", "docs/extend.md", "docs/quantize.md", "docs/serve.md"]
 ANSWER = "An answer."
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[list[str]]:
+def commands(page: str = "README.md") -> list[list[str]]:
     """Every command of the bash blocks; a quoted argument may span lines."""
     found = []
-    for block in blocks("bash"):
-        words = shlex.shlex(block, posix=True, punctuation_chars="\n")
+    for block in blocks("bash", page):
+        without_comments = re.sub(r" +# .*", "", block)  # shlex would drop their line ends, too
+        words = shlex.shlex(without_comments, posix=True, punctuation_chars="\n")
         words.whitespace_split, words.whitespace = True, " "
         lines = groupby(words, key=lambda word: word.strip("\n") == "")
         found += [list(line) for is_end, line in lines if not is_end]
@@ -69,6 +77,18 @@ def check_curl(url: str, *options: str) -> None:
     check_request(url, json.loads(given["-d"]))
 
 
+def check_python(flag: str, module: str, *arguments: str) -> None:
+    assert flag == "-m"
+    if module == "pytest":
+        files = [argument.partition("::")[0] for argument in arguments if "/" in argument]
+        assert files
+        assert all((ROOT / file).exists() for file in files)
+    elif module.startswith("serving."):
+        import_module(module).parser().parse_args(arguments)
+    else:
+        assert find_spec(module), module
+
+
 def check_source(script: str) -> None:
     assert script == ".venv/bin/activate"
 
@@ -90,14 +110,31 @@ CHECKS = {
     "curl": check_curl,
     "make": check_make,
     "offq": check_offq,
+    "python": check_python,
     "source": check_source,
     "vllm": check_vllm,
 }
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command[:2]))
-def test_command_is_taken_by_its_program(command: list[str]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, id=f"{page} {' '.join(command[:3])}")
+        for page in WITH_COMMANDS
+        for command in commands(page)
+    ],
+)
+def test_command_is_taken_by_its_program(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # of the files that they name
     CHECKS[command[0]](*command[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_command_is_left_out(page: Path) -> None:
+    name = str(page.relative_to(ROOT))
+    assert bool(commands(name)) == (name in [*WITH_COMMANDS, "docs/operate.md"])
 
 
 def test_every_step_is_shown() -> None:
@@ -133,6 +170,7 @@ def test_python_runs(
     assert capsys.readouterr().out == f"{ANSWER}\n"
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)", README))
-def test_link_leads_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target

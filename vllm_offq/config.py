@@ -157,6 +157,7 @@ class OffQConfig(QuantizationConfig):
 def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
     """Raises: UserError naming an option of vLLM that would be wrong or ignored with OffQ."""
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    offload = vllm_config.offload_config
     used = {
         "LoRA": vllm_config.lora_config is not None,
         "speculative decoding with a draft model": speculative is not None
@@ -164,6 +165,8 @@ def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
         "multi-head latent attention (MLA)": vllm_config.model_config is not None
         and vllm_config.model_config.use_mla,
         "a KV connector": vllm_config.kv_transfer_config is not None,
+        "offloading weights": offload.uva.cpu_offload_gb > 0
+        or offload.prefetch.offload_group_size > 0,
         "context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
     }

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
@@ -52,19 +49,20 @@ class OffQKVCacheMethod(BaseKVCacheMethod):
 
         Raises: UserError naming what this layer needs and OffQ's attention does not do.
         """
-        refuse_unsupported_attention(layer, self.kv_cache.group_size)
-        chosen = layer.impl
-        layer.attn_backend = backend_for(self.kv_cache.group_size)
-        layer.backend = AttentionBackendEnum.CUSTOM
-        layer.impl = OffQAttentionImpl(
-            layer.num_heads,
-            layer.head_size,
-            chosen.scale,
-            layer.num_kv_heads,
-            sliding_window=layer.sliding_window,
-            group_size=self.kv_cache.group_size,
-            logits_soft_cap=chosen.logits_soft_cap,
-        )
+        chosen, group_size = layer.impl, self.kv_cache.group_size
+        if not isinstance(chosen, OffQAttentionImpl):  # it is when vLLM reloads weights
+            refuse_unsupported_attention(layer, group_size)
+            layer.attn_backend = backend_for(group_size)
+            layer.backend = AttentionBackendEnum.CUSTOM
+            layer.impl = OffQAttentionImpl(
+                layer.num_heads,
+                layer.head_size,
+                chosen.scale,
+                layer.num_kv_heads,
+                sliding_window=layer.sliding_window,
+                group_size=group_size,
+                logits_soft_cap=chosen.logits_soft_cap,
+            )
         if self.kv_cache.key_rotation:
             shape = (layer.num_kv_heads, layer.head_size, layer.head_size)
             # NaN until loaded: vLLM does not report a tensor that the checkpoint lacks.
@@ -125,21 +123,22 @@ def refuse_cut_images(vllm_config: VllmConfig) -> None:
         )
 
 
-def load_key_rotation(parameter: Parameter, loaded: Tensor) -> None:
+def load_key_rotation(param: Parameter, loaded: Tensor) -> None:
     """Take the rotations of this rank's KV heads.
 
-    parameter: [H, D, D]; loaded: [all KV heads, D, D]. With more ranks than KV heads, several
-    ranks hold the same head. Raises: UserError on other shapes.
+    param: [H, D, D], by this name because vLLM puts it in again when it reloads weights; loaded:
+    [all KV heads, D, D]. With more ranks than KV heads, several ranks hold the same head.
+    Raises: UserError on other shapes.
     """
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    heads, total = parameter.shape[0], loaded.shape[0]
-    if loaded.shape[1:] != parameter.shape[1:] or max(1, total // ranks) != heads:
+    heads, total = param.shape[0], loaded.shape[0]
+    if loaded.shape[1:] != param.shape[1:] or max(1, total // ranks) != heads:
         raise UserError(
             f"{KEY_ROTATION} has shape {tuple(loaded.shape)}, but this model has {heads} KV heads "
-            f"of {parameter.shape[-1]} on each of {ranks} ranks; quantize the model again"
+            f"of {param.shape[-1]} on each of {ranks} ranks; quantize the model again"
         )
     first = rank * heads if total >= ranks else rank * total // ranks
-    parameter.data.copy_(loaded[first : first + heads])
+    param.data.copy_(loaded[first : first + heads])
 
 
 class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):

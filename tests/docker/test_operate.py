@@ -109,8 +109,3 @@ def test_metrics_exist(exported: set[str]) -> None:
     assert named
     histograms = {name.removesuffix("_bucket") for name in exported if name.endswith("_bucket")}
     assert named <= exported | histograms
-
-
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)", PAGE))
-def test_link_leads_somewhere(target: str) -> None:
-    assert (ROOT / "docs" / target).exists()

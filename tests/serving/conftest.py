@@ -29,6 +29,15 @@ def checkpoint(original: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def no_model(checkpoint: Path) -> Path:
+    """What the checkpoint's download would leave without a network: vLLM cannot serve it."""
+    folder = checkpoint.parent / "tiny-offq-without-weights"
+    folder.mkdir()
+    shutil.copy(checkpoint / "config.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def float32_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Eager, with chunks of 64 tokens, so that longer prompts need several."""
     options = ["--quantization", "offq", "--dtype", "float32", "--enforce-eager"]

@@ -1,8 +1,9 @@
 """`python -m serving.benchmark`: its loads, what it reads of a server, and a whole run."""
 
 import json
-import re
-import shlex
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from serving import benchmark, gauges
 from serving.benchmark import Measured, parser, sweep, tabulate
 from serving.benchmark_plot import plot
 from serving.load import Load
-from serving.server import Server
+from serving.server import Server, ServerError
 
 METRICS = """\
 # HELP vllm:num_preemptions_total Cumulative number of preemptions.
@@ -31,6 +32,29 @@ def test_metrics_are_summed_over_engines() -> None:
     assert gauges.read(METRICS, "vllm:num_preemptions") == 0
 
 
+class Metrics(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(METRICS.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("error")  # an exception in the thread that looks on
+def test_a_server_that_dies_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gauges, "PERIOD", 0.01)
+    server = HTTPServer(("127.0.0.1", 0), Metrics)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(ServerError, match=f"{url} has no /metrics"), gauges.watch(url) as seen:
+        server.shutdown()
+        server.server_close()
+        time.sleep(0.1)
+    assert seen.kv_cache_peak == 0.25
+
+
 def test_every_load_has_prompts_of_its_own() -> None:
     words = ["offq", "--against", "original", "--output", "folder", "--concurrency", "1", "8"]
     words += ["--input-lengths", "128", "1024", "--shared-prefix", "64", "--requests", "2"]
@@ -43,12 +67,6 @@ def test_every_load_has_prompts_of_its_own() -> None:
         for length in (128, 1024)
         for streams in (1, 8)
     }
-
-
-def test_documented_command_is_taken() -> None:
-    text = Path(benchmark.__file__).parents[1].joinpath("docs/serve.md").read_text()
-    (words,) = re.findall(r"^python -m serving\.benchmark (.+)$", text, re.MULTILINE)
-    assert len(sweep(parser().parse_args(shlex.split(words)))) == 12
 
 
 def measured(model: str, streams: int, speed: float, prefix: int = 0) -> Measured:
@@ -102,3 +120,25 @@ def test_whole_run(
     # Not 0: of a vocabulary as small as this, random prompts may be the same by chance.
     assert results[0]["prefix_cache_hits"] < results[1]["prefix_cache_hits"] - 0.2
     assert (tmp_path / "out/benchmark.png").exists()
+
+
+@pytest.mark.slow
+def test_what_was_measured_outlasts_a_second_server_that_fails(
+    float32_server: Server,
+    original: Path,
+    no_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(no_model), "--against", str(original), "--output", str(tmp_path)]
+    words += ["--against-url", float32_server.url, "--concurrency", "1", "--requests", "1"]
+    with pytest.raises(SystemExit) as ending:
+        benchmark.main([*words, "--input-lengths", "32", "--output-length", "4"])
+    assert ending.value.code == 2
+    said = capsys.readouterr()
+    (line,) = said.err.strip().splitlines()
+    assert line.startswith("benchmark: vllm serve ended with exit code 1 (")
+    assert "1 x 32 in, 4 out" in said.out
+    (kept,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert kept["model"] == "original"
+    assert kept["output_tokens_per_second"] > 0

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
+from test_readme import blocks
+from transformers import AutoTokenizer
 from vllm_server import metric, serve_tiny
 
 from serving.server import STOP_TIMEOUT, Server
@@ -52,6 +55,8 @@ def server(
     # A random model would put spaces between the parts of an object for ever.
     structured = {"backend": "xgrammar", "disable_any_whitespace": True}
     options += ["--structured-outputs-config", json.dumps(structured)]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    options += ["--tool-strict-level", "parameter"]
     return running.enter_context(
         serve_tiny(checkpoint, tmp_path_factory.mktemp("clients"), *options)
     )
@@ -102,6 +107,13 @@ def test_logprobs_of_the_likeliest_tokens(client: OpenAI) -> None:
         assert token.logprob == max(others)
 
 
+def assert_follows_schema(text: str) -> None:
+    found = json.loads(text)
+    assert found.keys() == {"colour", "count"}
+    assert found["colour"] in ("red", "blue")
+    assert found["count"] in (1, 2, 3)
+
+
 def test_answer_follows_a_json_schema(client: OpenAI) -> None:
     reply = client.chat.completions.create(
         model="tiny",
@@ -110,10 +122,33 @@ def test_answer_follows_a_json_schema(client: OpenAI) -> None:
         temperature=0,
         response_format={"type": "json_schema", "json_schema": {"name": "c", "schema": SCHEMA}},
     )
-    found = json.loads(reply.choices[0].message.content or "")
-    assert found.keys() == {"colour", "count"}
-    assert found["colour"] in ("red", "blue")
-    assert found["count"] in (1, 2, 3)
+    assert_follows_schema(reply.choices[0].message.content or "")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["required", {"type": "function", "function": {"name": "paint"}}],
+    ids=["any", "named"],
+)
+def test_tool_is_called_as_its_schema_says(choice: Any, client: OpenAI, checkpoint: Path) -> None:
+    """By a random model, which only the grammar keeps to the schema."""
+    tool = {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # It would put spaces between the parts of the arguments for ever; some are demanded.
+    spaces = {str(token): -100 for token in tokenizer(" \n\t\r").input_ids}
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=QUESTION,
+        tools=[tool],
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        max_tokens=160,
+        temperature=0,
+        logit_bias=spaces,
+    )
+    (call,) = reply.choices[0].message.tool_calls or []
+    assert call.function.name == "paint"
+    assert_follows_schema(call.function.arguments)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -132,6 +167,14 @@ def test_langchain(server: Server) -> None:
     )
     assert chat.invoke("What is a cache?").usage_metadata["output_tokens"] > 0
     assert sum(1 for _ in chat.stream("What is a cache?")) > 1
+
+
+@pytest.mark.parametrize("code", blocks("python", "docs/serve.md"))
+def test_documented_code_runs(code: str, server: Server) -> None:
+    if "langchain" in code:
+        pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    here = code.replace("http://localhost:8000", server.url).replace("my-model", "tiny")
+    exec(compile(here, "docs/serve.md", "exec"), {})
 
 
 def test_prompt_beyond_the_context_is_refused(client: OpenAI) -> None:

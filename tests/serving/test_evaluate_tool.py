@@ -4,8 +4,6 @@ import argparse
 import json
 import math
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +18,7 @@ from vllm_server import ENVIRONMENT
 from serving import scores
 from serving.contenders import contenders
 from serving.endpoint import Endpoint
-from serving.evaluate import main, parser, tabulate
+from serving.evaluate import main, tabulate
 from serving.paired import disagreement
 from serving.scores import Score, TaskScores, compare
 from serving.server import Server
@@ -75,13 +73,6 @@ def test_lines_that_are_no_json_are_refused(tmp_path: Path) -> None:
     (tmp_path / "arc_easy.jsonl").write_text('{"question": "\u2028"}\n\nnot JSON\n')
     with pytest.raises(UserError, match=r"arc_easy\.jsonl, line 3 is no JSON"):
         local.read_jsonl(str(tmp_path), "arc_easy.jsonl")
-
-
-def test_documented_command_is_taken() -> None:
-    text = (ROOT / "docs/serve.md").read_text()
-    (words,) = re.findall(r"^python -m serving\.evaluate (.+)$", text, re.MULTILINE)
-    arguments = parser().parse_args(shlex.split(words))
-    assert arguments.tasks == ["arc_easy", "lambada_openai"]
 
 
 def model(folder: Path, method: str | None) -> Path:
@@ -212,6 +203,31 @@ def test_both_models_are_evaluated(original: Path, checkpoint: Path, tmp_path: P
     assert 0 < abs(loss["mean"]) < 1
     bits = rows["local_text", "bits_per_byte"]
     assert bits["offq"] == pytest.approx(bits["original"], rel=0.2)
+
+
+@pytest.mark.slow
+def test_scores_outlast_a_second_server_that_fails(
+    float32_server: Server,
+    original: Path,
+    no_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = (no_model, "--against", original, "--against-url", float32_server.url)
+    words += ("--tasks", "lambada_openai", "--limit", 2, "--data-folder", tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        main([str(word) for word in (*words, "--output", "results.json")])
+    assert ending.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.strip().splitlines()[-1].startswith("evaluate: vllm serve ended with exit code")
+    assert "lambada_openai (2)" in said.out
+    rows = json.loads(Path("results.json").read_text())["results"]
+    assert {row["metric"] for row in rows} >= {"acc", "perplexity"}
+    assert all(row["original"] is not None and row["offq"] is None for row in rows)
 
 
 WRITING = """

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import httpx
@@ -49,7 +49,8 @@ def watch(url: str) -> Iterator[Watch]:
 
         def keep_looking() -> None:
             while not finished.wait(PERIOD):
-                scrape()
+                with suppress(httpx.HTTPError):  # the last look says whether the server is there
+                    scrape()
 
         before = scrape()
         thread = threading.Thread(target=keep_looking, daemon=True)

@@ -18,8 +18,10 @@ CHUNK = 48
 """Tokens a step, so that long prompts take several."""
 
 
-def answers(checkpoint: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """Greedy answers in float32."""
+def answers(
+    checkpoint: str, prompts: list[list[int]], max_tokens: int = MAX_TOKENS, **options: Any
+) -> list[dict[str, Any]]:
+    """Greedy answers in float32. options: further ones of LLM."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -30,9 +32,10 @@ def answers(checkpoint: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
         max_num_batched_tokens=CHUNK,
         max_num_seqs=4,
         block_size=32,
+        **options,
     )
     parameters = SamplingParams(
-        temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0, prompt_logprobs=0
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0
     )
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     result = []

@@ -25,8 +25,13 @@ class Memory:
 
     @property
     def slope(self) -> float:
-        """MiB an hour, by least squares over the second half: in the first, buffers still grow."""
+        """MiB an hour, by least squares over the second half: in the first, buffers still grow.
+
+        Of a watch too short for two samples there: 0.
+        """
         half = self._second_half
+        if len(half) < 2:
+            return 0.0
         return 3600 * statistics.linear_regression(*zip(*half, strict=True)).slope
 
     @property

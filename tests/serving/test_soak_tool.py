@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from serving.memory import Memory, watch_memory
 from serving.probe import MAX_TOKENS, Probe, WrongAnswerError
 from serving.soak import parser
 from serving.traffic import KINDS, Client
+from vllm_offq.errors import UserError
 
 MINUTES = os.environ.get("OFFQ_SOAK_MINUTES", "0.7")
 REPLY_LENGTHS = {"fixed prompt": MAX_TOKENS}
@@ -128,6 +130,7 @@ def test_growth_is_that_of_the_second_half() -> None:
     steady = [(float(second), 1000 + 0.5 * (second % 2)) for second in range(100, 201)]
     memory = Memory(1, filling + steady)
     assert abs(memory.growth) < 0.1
+    assert Memory(1, filling[:1]).growth == 0
     leaking = Memory(1, [(float(second), 0.25 * second) for second in range(201)])
     assert leaking.slope == pytest.approx(900)
     assert leaking.growth == pytest.approx(25)
@@ -138,6 +141,13 @@ def test_memory_of_a_process_is_seen() -> None:
         pass
     assert found.processes >= 1
     assert found.samples[0][1] > 50  # torch is in this process
+
+
+def test_a_process_that_is_not_there_is_named() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with pytest.raises(UserError, match=str(ended.pid)), watch_memory(ended.pid, 1):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ class Contender:
             yield endpoint
 
 
+def default_profile() -> Path:
+    """Options of `vllm serve` for this machine."""
+    return FOLDER / ("gpu.yaml" if torch.cuda.is_available() else "cpu.yaml")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared, and how it is served."""
     parser.add_argument("offq_model", type=Path, help="OffQ checkpoint, a folder")
@@ -61,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         type=Path,
-        default=FOLDER / ("gpu.yaml" if torch.cuda.is_available() else "cpu.yaml"),
+        default=default_profile(),
         help="options of `vllm serve` for both models (default: %(default)s)",
     )
     parser.add_argument("--server-url", help="of a running server of OFFQ_MODEL; starts none")
@@ -73,8 +78,7 @@ def contenders(arguments: argparse.Namespace) -> tuple[Contender, Contender]:
 
     Raises: UserError if one is missing or not what it should be.
     """
-    if not arguments.config.is_file():
-        raise UserError(f"the config file {arguments.config} does not exist")
+    check_files(arguments.config, arguments.against, arguments.offq_model)
     if _method(arguments.against) == "offq":
         raise UserError(f"{arguments.against} is an OffQ checkpoint itself, not an original")
     if _method(arguments.offq_model) != "offq":
@@ -85,14 +89,21 @@ def contenders(arguments: argparse.Namespace) -> tuple[Contender, Contender]:
     )
 
 
+def check_files(config: Path, *models: Path) -> None:
+    """Raises: UserError if the config file or a model is missing."""
+    if not config.is_file():
+        raise UserError(f"the config file {config} does not exist")
+    for model in models:
+        if not (model / "config.json").is_file():
+            raise UserError(
+                f"{model} is not a model: it has no config.json; a model of the Hugging Face hub "
+                "is brought here by `hf download NAME --local-dir FOLDER`"
+            )
+
+
 def _method(model: Path) -> str | None:
     """How a model is quantized."""
-    config = model / "config.json"
-    if not config.is_file():
-        raise UserError(
-            f"{model} is not a model: it has no config.json; a model of the Hugging Face hub is "
-            "brought here by `hf download NAME --local-dir FOLDER`"
-        )
-    quantization = json.loads(config.read_text()).get("quantization_config") or {}
+    config = json.loads((model / "config.json").read_text())
+    quantization = config.get("quantization_config") or {}
     method: str | None = quantization.get("quant_method")
     return method

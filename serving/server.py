@@ -28,6 +28,8 @@ class ServerError(Exception):
 class Server:
     url: str
     log: Path
+    process: subprocess.Popen[bytes]
+    """`vllm serve` itself; the engine's processes are its children."""
 
     def kv_capacity(self) -> int:
         """How many tokens the KV cache holds, as vLLM itself reports it."""
@@ -72,9 +74,9 @@ def serve(
             env={name: value for name, value in variables.items() if value is not None},
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", log)
+    server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
-        _wait_until_healthy(server, process)
+        _wait_until_healthy(server)
         yield server
     finally:
         _end(process)
@@ -86,8 +88,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
+def _wait_until_healthy(server: Server) -> None:
+    process, deadline = server.process, time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if process.poll() is not None:
             cause = cause_of_failure(server.log.read_text(errors="replace"))

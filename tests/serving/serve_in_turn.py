@@ -18,7 +18,9 @@ CHUNK = 48
 """Tokens a step, so that long prompts take several."""
 
 
-def answers(checkpoint: str, prompts: list[Any], **options: Any) -> list[dict[str, Any]]:
+def answers(
+    checkpoint: str, prompts: list[Any], max_tokens: int = MAX_TOKENS, **options: Any
+) -> list[dict[str, Any]]:
     """Greedy answers in float32. prompts: as LLM.generate takes them; options: of LLM."""
     from vllm import LLM, SamplingParams
 
@@ -33,7 +35,7 @@ def answers(checkpoint: str, prompts: list[Any], **options: Any) -> list[dict[st
         **options,
     )
     parameters = SamplingParams(
-        temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0, prompt_logprobs=0
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0
     )
     result = []
     for output in llm.generate(prompts, parameters):

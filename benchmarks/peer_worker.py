@@ -14,7 +14,7 @@ import torch
 from llmcompressor import oneshot  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
 from benchmarks.scores import score

@@ -83,7 +83,7 @@ def test_an_unknown_key_is_named_in_full() -> None:
         ("sites.mlp.clip_ratio", float("nan")),
         ("sites.mlp.fused_rotation", "random"),
         ("sites.mlp.online_hadamard", -32),
-        ("head.bits", 4),
+        ("head.bits", 5),
         ("kv_cache.key_rotation", 1),
         ("settings_sha256", "abc"),
         ("produced_by", ""),

@@ -13,6 +13,8 @@ import yaml
 from test_image import HARDENED
 from test_readme import check_vllm
 
+from serving import soak
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operate.md").read_text()
 OF_THE_TESTS = ["--network", "none"]
@@ -65,9 +67,13 @@ def check_kubectl(verb: str, *arguments: str) -> None:
         assert arguments[-1].startswith(f"{container['name']}=")
 
 
-def check_python(*arguments: str) -> None:
-    assert arguments[:2] == ("-m", "pytest")
-    assert all((ROOT / file).exists() for file in arguments[2:])
+def check_python(option: str, module: str, *arguments: str) -> None:
+    assert option == "-m"
+    if module == "serving.soak":
+        soak.parser().parse_args(arguments)
+    else:
+        assert module == "pytest"
+        assert all((ROOT / file).exists() for file in arguments)
 
 
 CHECKS = {

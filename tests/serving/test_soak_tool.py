@@ -6,8 +6,6 @@ OFFQ_SOAK_MINUTES makes the whole run longer.
 import json
 import os
 import random
-import re
-import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +18,10 @@ from vllm_server import ENVIRONMENT
 from serving import soak
 from serving.memory import Memory, watch_memory
 from serving.probe import MAX_TOKENS, Probe, WrongAnswerError
-from serving.soak import parser
 from serving.traffic import KINDS, Client
 from vllm_offq.errors import UserError
 
 MINUTES = os.environ.get("OFFQ_SOAK_MINUTES", "0.7")
-REPLY_LENGTHS = {"fixed prompt": MAX_TOKENS}
 
 
 def completion(tokens: int, best: list[int], margin: float = 1.0) -> dict[str, Any]:
@@ -166,14 +162,6 @@ def test_mistakes_are_told_in_a_sentence(
         soak.main(words)
     assert ending.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_documented_commands_are_taken() -> None:
-    text = Path(soak.__file__).parents[1].joinpath("docs/operate.md").read_text()
-    commands = re.findall(r"^python -m serving\.soak (.+)$", text, re.MULTILINE)
-    assert len(commands) == 2
-    for words in commands:
-        parser().parse_args(shlex.split(words))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,9 @@ def _run(
     limit: int | None,
     batch_size: int,
 ) -> dict[str, TaskScores]:
+    # Draws of the bootstrap in this process: those that are forked from one with threads may wait
+    # for ever, and these are few.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # says that it bootstraps
             results = simple_evaluate(

@@ -13,7 +13,7 @@ help: ## show this list
 demo: $(READY) ## quantize a real model, serve it, compare its answer with the original's
 	$(BIN)/python -m serving.demo
 
-test: $(READY) ## run all tests (about 50 minutes on two cores)
+test: $(READY) ## run all tests (up to an hour on two cores)
 	$(BIN)/python -m pytest
 
 check: $(READY) ## lint, types and the fast tests (a few minutes)

@@ -1,12 +1,12 @@
 """What a vLLM server says of itself at /metrics."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import httpx
 
+from serving.beside import beside
 from serving.server import ServerError
 
 PERIOD = 0.25  # seconds between two looks at what is not counted up
@@ -45,7 +45,7 @@ def watch(url: str) -> Iterator[Watch]:
     Raises: ServerError if there are none before or after it.
     """
     with httpx.Client(base_url=url, timeout=30) as client:
-        found, finished = Watch(), threading.Event()
+        found = Watch()
 
         def scrape() -> str:
             try:
@@ -55,19 +55,13 @@ def watch(url: str) -> Iterator[Watch]:
             found.kv_cache_peak = max(found.kv_cache_peak, read(text, "vllm:kv_cache_usage_perc"))
             return text
 
-        def keep_looking() -> None:
-            while not finished.wait(PERIOD):
-                with suppress(ServerError):  # of a server that has died, the block knows more
-                    scrape()
+        def look() -> None:
+            with suppress(ServerError):  # of a server that has died, the block knows more
+                scrape()
 
         before = scrape()
-        thread = threading.Thread(target=keep_looking, daemon=True)
-        thread.start()
-        try:
+        with beside(look, PERIOD):
             yield found
-        finally:
-            finished.set()
-            thread.join()
         after = scrape()
         for name, metric in COUNTERS.items():
             setattr(found, name, read(after, metric) - read(before, metric))

@@ -1,7 +1,6 @@
 """How much memory a process and its children hold, watched for as long as a `with` block lasts."""
 
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from serving.beside import beside
 from vllm_offq.errors import UserError
 
 SAMPLES = 400
@@ -56,22 +56,14 @@ def watch_memory(pid: int, seconds: float) -> Iterator[Memory]:
         found = Memory(1 + len(process.children(recursive=True)))
     except psutil.NoSuchProcess as error:
         raise UserError(f"there is no process {pid}") from error
-    began, period, finished = time.monotonic(), max(1.0, seconds / SAMPLES), threading.Event()
+    began = time.monotonic()
 
-    def keep_looking() -> None:
+    def look() -> None:
         with suppress(psutil.NoSuchProcess):  # it ended: its clients have more to say of that
-            while True:
-                found.samples.append((time.monotonic() - began, resident(process)))
-                if finished.wait(period):
-                    return
+            found.samples.append((time.monotonic() - began, resident(process)))
 
-    thread = threading.Thread(target=keep_looking, daemon=True)
-    thread.start()
-    try:
+    with beside(look, max(1.0, seconds / SAMPLES)):
         yield found
-    finally:
-        finished.set()
-        thread.join()
 
 
 def resident(process: psutil.Process) -> float:

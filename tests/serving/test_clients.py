@@ -79,34 +79,6 @@ def complete(client: OpenAI, prompt: str, max_tokens: int = 16) -> str:
     return reply.choices[0].text
 
 
-def test_stream_is_the_answer_in_parts(client: OpenAI) -> None:
-    stream = client.chat.completions.create(
-        model="tiny", messages=QUESTION, max_tokens=12, temperature=0, stream=True
-    )
-    parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-    whole = client.chat.completions.create(
-        model="tiny", messages=QUESTION, max_tokens=12, temperature=0
-    )
-    assert len(parts) > 2
-    assert "".join(parts) == whole.choices[0].message.content
-
-
-def test_logprobs_of_the_likeliest_tokens(client: OpenAI) -> None:
-    reply = client.chat.completions.create(
-        model="tiny",
-        messages=QUESTION,
-        max_tokens=3,
-        temperature=0,
-        logprobs=True,
-        top_logprobs=4,
-    )
-    assert reply.choices[0].logprobs is not None
-    for token in reply.choices[0].logprobs.content or []:
-        others = [other.logprob for other in token.top_logprobs]
-        assert len(others) == 4
-        assert token.logprob == max(others)
-
-
 def assert_follows_schema(text: str) -> None:
     found = json.loads(text)
     assert found.keys() == {"colour", "count"}

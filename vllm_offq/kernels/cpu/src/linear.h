@@ -44,6 +44,7 @@ void quantize_row(const Linear& a, int64_t token, float* row, const Codes& out, 
 constexpr int64_t kTokens = 128;   // of a block: its codes stay in the second-level cache
 constexpr int64_t kChannels = 64;  // of a piece of the output
 constexpr int kMemoryBoundRows = 12;
+constexpr int64_t kBytesAhead = 8192;  // of codes, fetched before they are needed
 constexpr int64_t kChunk = 256;  // input channels whose unpacked codes stay in the first level
 
 // A piece of the output: tokens of the block that starts at `start`, up to kChannels channels, and
@@ -56,13 +57,38 @@ struct Piece {
   float* partial;
 };
 
-// partial += scale * dot + offset * sums of one segment, times the weights' own scale if it has
-// one.
+// Whether the registers have room for the sums of a tile beside its products: no segment then
+// reads and writes them in memory.
+template <class S, int M, int V>
+constexpr bool kHeld = 2 * M * V + V + 3 <= S::kRegisters;
+
+template <class S, int M, int V>
+__attribute__((always_inline)) inline void load_partial(const float* partial, bool is_first,
+                                                        typename S::F (&sum)[M][V]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      sum[m][v] = is_first ? S::zero() : S::load(partial + m * kChannels + v * S::kLanes);
+}
+
+template <class S, int M, int V>
+__attribute__((always_inline)) inline void store_partial(float* partial,
+                                                         const typename S::F (&sum)[M][V]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) S::store(partial + m * kChannels + v * S::kLanes, sum[m][v]);
+}
+
+// sum += scale * dot + offset * sums of one segment, times the weights' own scale if it has one.
+// Sums that are not held rest in `partial`.
 template <class S, int M, int V, bool kGroupScale>
 __attribute__((always_inline)) inline void add_segment(const Linear& a, const Codes& x,
                                                        typename S::I (&dot)[M][V], int64_t row,
                                                        int64_t place, int64_t tile_stride,
-                                                       bool is_first, float* partial) {
+                                                       bool is_first, float* partial,
+                                                       typename S::F (&sum)[M][V]) {
   using F = typename S::F;
   constexpr int kPerTile = kTile / S::kLanes;
 #pragma GCC unroll 8
@@ -78,8 +104,10 @@ __attribute__((always_inline)) inline void add_segment(const Linear& a, const Co
       float* p = partial + m * kChannels + v * S::kLanes;
       F product = S::to_float(dot[m][v]);
       if constexpr (kGroupScale) product = S::mul(product, scales);
-      const F sum = S::fma(S::set(x.offset[row + m]), sums, is_first ? S::zero() : S::load(p));
-      S::store(p, S::fma(S::set(x.scale[row + m]), product, sum));
+      if constexpr (!kHeld<S, M, V>) sum[m][v] = is_first ? S::zero() : S::load(p);
+      sum[m][v] = S::fma(S::set(x.offset[row + m]), sums, sum[m][v]);
+      sum[m][v] = S::fma(S::set(x.scale[row + m]), product, sum[m][v]);
+      if constexpr (!kHeld<S, M, V>) S::store(p, sum[m][v]);
     }
   }
 }
@@ -88,14 +116,22 @@ __attribute__((always_inline)) inline void add_segment(const Linear& a, const Co
 // of 8 bits do not leave room for the sum of a segment in narrow lanes.
 template <class S, int M, int V, bool kBytes, bool kUnpacked>
 void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0, int64_t n0) {
+  constexpr int kPerTile = kTile / S::kLanes;
   const int64_t segments = a.in_features / a.segment_size, blocks = x.padded / kBlock;
   const int64_t channel = piece.channel + n0;
   const uint8_t* codes =
       piece.codes + n0 / kTile * piece.tile_stride + n0 % kTile * (kTileBlockBytes / kTile);
   float* partial = piece.partial + m0 * kChannels + n0;
   // Few rows wait for memory, and the processor's own prefetcher stumbles at the end of each tile.
-  const int64_t ahead = M <= kMemoryBoundRows ? kChannels / kTile * piece.tile_stride : 0;
+  const int64_t segments_ahead =
+      M <= kMemoryBoundRows && !kUnpacked
+          ? min_of(ceil_div(kBytesAhead * kPerTile / V, piece.segment_stride), segments)
+          : 0;
+  typename S::F sum[M][V];
+  if constexpr (kHeld<S, M, V>) load_partial<S, M, V>(partial, piece.first == 0, sum);
   for (int64_t s = piece.first; s < piece.last; ++s, codes += piece.segment_stride) {
+    int64_t ahead = segments_ahead * piece.segment_stride;
+    if (s + segments_ahead >= segments) ahead += (V / kPerTile - 1) * piece.tile_stride;
     const int64_t row = s * x.tokens + m0;
     const int64_t place = (channel / kTile * segments + s) * kTile + channel % kTile;
     const int8_t* rows = x.codes + row * x.padded;
@@ -117,11 +153,12 @@ void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0
         for (int v = 0; v < V; ++v) dot[m][v] = S::widen(acc[m][v]);
     }
     if (a.scale_per_group) {
-      add_segment<S, M, V, true>(a, x, dot, row, place, segments * kTile, s == 0, partial);
+      add_segment<S, M, V, true>(a, x, dot, row, place, segments * kTile, s == 0, partial, sum);
     } else {
-      add_segment<S, M, V, false>(a, x, dot, row, place, segments * kTile, s == 0, partial);
+      add_segment<S, M, V, false>(a, x, dot, row, place, segments * kTile, s == 0, partial, sum);
     }
   }
+  if constexpr (kHeld<S, M, V>) store_partial<S, M, V>(partial, sum);
 }
 
 template <class S, bool kBytes>
@@ -136,7 +173,8 @@ struct LinearRows {
     constexpr int kVectors = S::vectors(M), kStep = kVectors * S::kLanes;
     constexpr int kPerTile = kTile / S::kLanes;
     int64_t n = 0;
-    if constexpr (2 * M >= S::kRows && M <= S::kRows) {  // others are a block of their own
+    // Blocks of other numbers of rows are never unpacked.
+    if constexpr (2 * M >= S::kPanelRows && M <= S::kPanelRows) {
       if (piece.unpacked) {
         for (; n + kStep <= piece.channels; n += kStep)
           linear_tile<S, M, kVectors, kBytes, true>(a, x, piece, m0, n);
@@ -211,7 +249,7 @@ int linear(const Linear& a) {
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start < a.tokens; start += tokens) {
     const int64_t count = min_of(a.tokens - start, tokens);
-    const int64_t tiles = unpack ? ceil_div(count, S::kRows) : 1;
+    const int64_t tiles = unpack ? ceil_div(count, S::kPanelRows) : 1;
     const int thread = omp_get_thread_num();
     uint8_t* panel = panels + thread * panel_size;
 #pragma omp for schedule(static)

@@ -116,7 +116,7 @@ __attribute__((always_inline)) inline void add_segment(const Linear& a, const Co
 // of 8 bits do not leave room for the sum of a segment in narrow lanes.
 template <class S, int M, int V, bool kBytes, bool kUnpacked>
 void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0, int64_t n0) {
-  constexpr int kPerTile = kTile / S::kLanes;
+  constexpr int kPerTile = kTile / S::kLanes, kTiles = V > kPerTile ? V / kPerTile : 1;
   const int64_t segments = a.in_features / a.segment_size, blocks = x.padded / kBlock;
   const int64_t channel = piece.channel + n0;
   const uint8_t* codes =
@@ -125,13 +125,13 @@ void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0
   // Few rows wait for memory, and the processor's own prefetcher stumbles at the end of each tile.
   const int64_t segments_ahead =
       M <= kMemoryBoundRows && !kUnpacked
-          ? min_of(ceil_div(kBytesAhead * kPerTile / V, piece.segment_stride), segments)
+          ? min_of(ceil_div(kBytesAhead / kTiles, piece.segment_stride), segments)
           : 0;
   typename S::F sum[M][V];
   if constexpr (kHeld<S, M, V>) load_partial<S, M, V>(partial, piece.first == 0, sum);
   for (int64_t s = piece.first; s < piece.last; ++s, codes += piece.segment_stride) {
     int64_t ahead = segments_ahead * piece.segment_stride;
-    if (s + segments_ahead >= segments) ahead += (V / kPerTile - 1) * piece.tile_stride;
+    if (s + segments_ahead >= segments) ahead += (kTiles - 1) * piece.tile_stride;
     const int64_t row = s * x.tokens + m0;
     const int64_t place = (channel / kTile * segments + s) * kTile + channel % kTile;
     const int8_t* rows = x.codes + row * x.padded;

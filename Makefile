@@ -13,8 +13,8 @@ help: ## show this list
 demo: $(READY) ## quantize a real model, serve it, compare its answer with the original's
 	$(BIN)/python -m serving.demo
 
-test: $(READY) ## run all tests (up to an hour on two cores)
-	$(BIN)/python -m pytest
+test: $(READY) ## run all tests, two processes at a time
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 check: $(READY) ## lint, types and the fast tests (a few minutes)
 	$(BIN)/ruff check

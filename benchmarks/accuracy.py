@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,6 +121,13 @@ def parse() -> argparse.Namespace:
     names = [*RECIPES, *peer.TRANSFORMS]
     parser.add_argument("--recipes", nargs="+", choices=names, help="default: all that can be run")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="calibration texts to set side by side: a row of the recipe offq on each",
+    )
     parser.add_argument("--cache", type=Path, default=Path("build/accuracy"))
     parser.add_argument("--peer-python", type=Path, help="a Python that has llm-compressor")
     arguments = parser.parse_args()
@@ -143,6 +150,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             settings, modes, run_recipe = recipe(name, arguments, workload)
             wanted = [mode for mode in arguments.modes if mode in modes]
             rows[name] = cache.row(name, settings, wanted, run_recipe)
+        for source in arguments.sources:
+            name = f"offq on {Path(source).stem}"
+            elsewhere = replace(workload, calibration=(source,))
+            settings, modes, run_recipe = recipe("offq", arguments, elsewhere)
+            rows[name] = cache.row(name, settings, list(modes[:1]), run_recipe)
     tokens = f"{arguments.samples} x {arguments.sequence_length}"
     title = (
         f"{Path(arguments.model).name}: {len(workload.windows)} windows of "

@@ -3,7 +3,7 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,14 @@ from calibration.settings import (
     Settings,
 )
 from vllm_offq.errors import UserError
+
+
+def _clip_ratio(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text} is neither a number nor auto") from None
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,8 +86,13 @@ def quantize(
         HeadBasis, typer.Option(help="What keys and values of each head are rotated by.")
     ] = "principal",
     clip_ratio: Annotated[
-        float | None,
-        typer.Option(help="Of activations' ranges; default: the recipe's, 1 for 8 bits."),
+        Any,
+        typer.Option(
+            parser=_clip_ratio,
+            metavar="RATIO|auto",
+            help="Of activations' ranges; default: the recipe's, 1 for 8 bits; auto chooses one "
+            "for each site.",
+        ),
     ] = None,
     gptq_inputs: Annotated[
         GPTQInputs,

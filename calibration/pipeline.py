@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vllm_offq
+from calibration.clipping import clipped
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
 from calibration.ends import head_inputs, write_embedding, write_head
@@ -111,6 +112,8 @@ class _Run:
         batch_size = _batch_size(*tokens.shape)
         instrument(original.model, original.architecture)
         rotations = self.rotations(tokens, batch_size).to(original.device)
+        if self.record.clip_ratios is not None:
+            self.config = clipped(self.config, self.record.clip_ratios)
         with self.progress("quantizing", original.num_layers, unit="layer") as advance:
             streams = self.streams(rotations, tokens, batch_size)
             advance(saved.state.layers)
@@ -171,6 +174,7 @@ class _Run:
             return Rotations.from_tensors(kept)
         found = survey(self.original, tokens, batch_size, self.config, self.settings, self.progress)
         rotations, candidates = found.rotations, found.basis_candidates
+        self.record.clip_ratios = found.clip_ratios
         if found.spectrum is not None:
             self.record.spectrum = found.spectrum.model_dump()
         if candidates is not None:

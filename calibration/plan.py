@@ -67,7 +67,9 @@ def plan(
 
     bits: Literal[4, 8] = 8 if settings.activation_bits == "8" else 4
     # 256 levels resolve the whole range: clipping would be all that is left of the error.
-    clip_ratio = settings.clip_ratio or (recipe.clip_ratio if bits == 4 else 1.0)
+    clip_ratio = settings.clip_ratio
+    if clip_ratio is None or clip_ratio == "auto":
+        clip_ratio = recipe.clip_ratio if bits == 4 else 1.0
 
     def site_config(site: Site) -> SiteConfig:
         width = widths[site.name]

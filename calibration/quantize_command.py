@@ -57,6 +57,11 @@ def summary(report: Report) -> Table:
         if candidate.chosen:
             tried = len(report.basis_candidates or [])
             table.add_row("basis", f"{candidate.name}, the best of {tried}")
+    if report.clip_ratios is not None:
+        chosen = (
+            f"{site.replace('_', ' ')} {ratio:g}" for site, ratio in report.clip_ratios.items()
+        )
+        table.add_row("clip ratios", ", ".join(chosen))
     name, error = max(report.output_error.items(), key=lambda item: item[1])
     table.add_row(
         "output error from rounding weights",

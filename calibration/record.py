@@ -30,6 +30,8 @@ class Record:
     spectrum: dict[str, Any] | None = None
     histograms: dict[str, Any] | None = None
     basis_candidates: list[dict[str, Any]] | None = None
+    clip_ratios: dict[str, float] | None = None
+    """Of each site, where they were to be chosen."""
     expert_counts: dict[str, list[int]] | None = None
     refinement: dict[str, Any] | None = None
 
@@ -84,5 +86,6 @@ class Record:
             basis_candidates=None
             if self.basis_candidates is None
             else [BasisCandidate(**candidate) for candidate in self.basis_candidates],
+            clip_ratios=self.clip_ratios,
             refinement=None if self.refinement is None else Refinement(**self.refinement),
         )

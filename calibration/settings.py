@@ -55,8 +55,8 @@ class Settings:
     """Of the residual stream; auto: the best of all on calibration tokens."""
     head_basis: HeadBasis = "principal"
     """What keys and values of each head are rotated by."""
-    clip_ratio: float | None = None
-    """Of activations; None: the recipe's, but 1 for 8 bits."""
+    clip_ratio: float | Literal["auto"] | None = None
+    """Of activations; None: the recipe's, but 1 for 8 bits; auto: each site's best."""
     gptq_inputs: GPTQInputs = "original"
     """What errors are minimised on: the original's inputs; those that come through the layers
     quantized before; or these, with weights that make up for the difference (GPTAQ)."""
@@ -84,8 +84,8 @@ class Settings:
             raise UserError("--samples must be at least 1 and --sequence-length at least 2")
         if isinstance(self.calibration, str):  # or its letters would be the sources
             raise UserError(f"calibration is a tuple of sources; give ({self.calibration!r},)")
-        if self.clip_ratio is not None and not 0 < self.clip_ratio <= 1:
-            raise UserError("--clip-ratio must be above 0 and at most 1")
+        if isinstance(self.clip_ratio, float | int) and not 0 < self.clip_ratio <= 1:
+            raise UserError("--clip-ratio must be above 0 and at most 1, or auto")
         if self.refits < 0 or self.refine < 0:
             raise UserError("--refits and --refine must not be negative")
         if self.refine and self.samples < 2:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from calibration.basis import residual_candidates, try_candidates
+from calibration.clipping import choose_clip_ratios
 from calibration.loader import Original
 from calibration.progress import Progress
 from calibration.report import BasisCandidate, Spectrum
@@ -24,6 +25,8 @@ class Survey:
     spectrum: Spectrum | None
     basis_candidates: list[BasisCandidate] | None
     """None where there was nothing to choose."""
+    clip_ratios: dict[str, float] | None
+    """None where they were given."""
 
 
 @torch.no_grad()
@@ -44,17 +47,20 @@ def survey(
     with progress("finding rotations", 1):
         rotations = compute_rotations(statistics, config, settings)
         found = spectrum(_smaller_square(statistics.top_tokens), "top-1")
-    grid = config.sites["attention_input"]
-    if grid.fused_rotation != "principal":
-        return Survey(rotations, found, None)
-    candidates = residual_candidates(statistics, grid.group_size)
-    if settings.basis != "auto":
-        rotations.residual = candidates[settings.basis]
-        return Survey(rotations, found, None)
-    with progress("choosing a basis", original.num_layers, unit="layer") as advance:
-        tried = try_candidates(original, grid, candidates, tokens, advance)
-    rotations.residual = candidates[next(one.name for one in tried if one.chosen)]
-    return Survey(rotations, found, tried)
+    grid, tried, clip_ratios = config.sites["attention_input"], None, None
+    if grid.fused_rotation == "principal":
+        candidates = residual_candidates(statistics, grid.group_size)
+        chosen: str = settings.basis
+        if chosen == "auto":
+            with progress("choosing a basis", original.num_layers, unit="layer") as advance:
+                tried = try_candidates(original, grid, candidates, tokens, advance)
+            chosen = next(one.name for one in tried if one.chosen)
+        rotations.residual = candidates[chosen]
+    if settings.clip_ratio == "auto":
+        with progress("choosing clip ratios", original.num_layers, unit="layer") as advance:
+            there = rotations.to(original.device)
+            clip_ratios = choose_clip_ratios(original, there, config, tokens, advance)
+    return Survey(rotations, found, tried, clip_ratios)
 
 
 def _smaller_square(x: Tensor) -> Tensor:

@@ -118,6 +118,21 @@ def test_rows_are_measured_once(
         assert cells(again, name) == cells(first, name)
 
 
+def test_calibration_texts_stand_side_by_side(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "other.txt").write_text("no word of the language " * 200, encoding="utf-8")
+    sources = ["--recipes", "quarot", "--sources", command[3], str(tmp_path / "other.txt")]
+    found = run(monkeypatch, capsys, [*command, *sources])
+    same, other = (
+        float(cells(found, f"offq on {name}")[3].split()[0]) for name in ("text", "other")
+    )
+    assert 0 < same < other
+
+
 def test_peer_stands_in_the_table(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

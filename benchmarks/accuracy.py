@@ -151,7 +151,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             wanted = [mode for mode in arguments.modes if mode in modes]
             rows[name] = cache.row(name, settings, wanted, run_recipe)
         for source in arguments.sources:
-            name = f"offq on {Path(source).stem}"
+            name = f"offq on {source}"
             elsewhere = replace(workload, calibration=(source,))
             settings, modes, run_recipe = recipe("offq", arguments, elsewhere)
             rows[name] = cache.row(name, settings, list(modes[:1]), run_recipe)

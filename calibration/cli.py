@@ -29,9 +29,9 @@ from vllm_offq.errors import UserError
 
 def _clip_ratio(text: str) -> float | str:
     try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text} is neither a number nor auto") from None
+        return float(text)
+    except ValueError:  # a word: Settings knows the one that there is
+        return text
 
 
 app = typer.Typer(

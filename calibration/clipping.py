@@ -45,9 +45,8 @@ def choose_clip_ratios(
             for site in architecture.sites:
                 for group in site.groups:
                     linears: list[OffQLinear] = [layer.get_submodule(path) for path in group]  # type: ignore[misc]
-                    weight = torch.cat([linear.weight for linear in linears])
                     grid = config.sites[site.name]
-                    linears[0].observe = partial(_add_errors, errors[site.name], weight, grid)
+                    linears[0].observe = partial(_add_errors, errors[site.name], linears, grid)
                     observed.append(linears[0])
             stream.advance(index, layer)
             for linear in observed:
@@ -56,14 +55,18 @@ def choose_clip_ratios(
     return {name: CLIP_RATIOS[int(found.argmin())] for name, found in errors.items()}
 
 
-def _add_errors(errors: Tensor, weight: Tensor, grid: SiteConfig, x: Tensor) -> None:
-    """Add to errors, of each ratio. weight: [N, K] of all linears that read x, [..., K]."""
-    energy = float((x @ weight.T).square().sum())
+def _add_errors(errors: Tensor, linears: list[OffQLinear], grid: SiteConfig, x: Tensor) -> None:
+    """Add to errors, of each ratio. linears: all that read x, [..., K]."""
+
+    def energy_of(inputs: Tensor) -> float:
+        return sum(float((inputs @ linear.weight.T).square().sum()) for linear in linears)
+
+    energy = energy_of(x)
     if energy == 0:  # an expert without tokens
         return
     for number, ratio in enumerate(CLIP_RATIOS):
         on_grid = fake_quantize(x, grid.group_size, ratio, grid.symmetric, grid.bits)
-        errors[number] += float(((on_grid - x) @ weight.T).square().sum()) / energy
+        errors[number] += energy_of(on_grid - x) / energy
 
 
 def clipped(config: CheckpointConfig, clip_ratios: dict[str, float]) -> CheckpointConfig:

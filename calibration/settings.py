@@ -84,7 +84,8 @@ class Settings:
             raise UserError("--samples must be at least 1 and --sequence-length at least 2")
         if isinstance(self.calibration, str):  # or its letters would be the sources
             raise UserError(f"calibration is a tuple of sources; give ({self.calibration!r},)")
-        if isinstance(self.clip_ratio, float | int) and not 0 < self.clip_ratio <= 1:
+        ratio = self.clip_ratio
+        if ratio not in (None, "auto") and not (isinstance(ratio, float | int) and 0 < ratio <= 1):
             raise UserError("--clip-ratio must be above 0 and at most 1, or auto")
         if self.refits < 0 or self.refine < 0:
             raise UserError("--refits and --refine must not be negative")

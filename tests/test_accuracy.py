@@ -124,12 +124,12 @@ def test_calibration_texts_stand_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "other.txt").write_text("no word of the language " * 200, encoding="utf-8")
-    sources = ["--recipes", "quarot", "--sources", command[3], str(tmp_path / "other.txt")]
-    found = run(monkeypatch, capsys, [*command, *sources])
-    same, other = (
-        float(cells(found, f"offq on {name}")[3].split()[0]) for name in ("text", "other")
-    )
+    texts = "same.txt", "other.txt"
+    (tmp_path / texts[0]).write_text(CORPUS * 8, encoding="utf-8")
+    (tmp_path / texts[1]).write_text("no word of the language " * 200, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = run(monkeypatch, capsys, [*command, "--recipes", "quarot", "--sources", *texts])
+    same, other = (float(cells(found, f"offq on {name}")[3].split()[0]) for name in texts)
     assert 0 < same < other
 
 

@@ -41,9 +41,8 @@ void quantize_row(const Linear& a, int64_t token, float* row, const Codes& out, 
   }
 }
 
-constexpr int64_t kTokens = 128;   // of a block: its codes stay in the second-level cache
-constexpr int64_t kChannels = 64;  // of a piece of the output
-constexpr int kMemoryBoundRows = 12;
+constexpr int64_t kTokens = 128;       // of a block: its codes stay in the second-level cache
+constexpr int64_t kChannels = 64;      // of a piece of the output
 constexpr int64_t kBytesAhead = 8192;  // of codes, fetched before they are needed
 constexpr int64_t kChunk = 256;  // input channels whose unpacked codes stay in the first level
 
@@ -124,9 +123,7 @@ void linear_tile(const Linear& a, const Codes& x, const Piece& piece, int64_t m0
   float* partial = piece.partial + m0 * kChannels + n0;
   // Few rows wait for memory, and the processor's own prefetcher stumbles at the end of each tile.
   const int64_t segments_ahead =
-      M <= kMemoryBoundRows && !kUnpacked
-          ? min_of(ceil_div(kBytesAhead / kTiles, piece.segment_stride), segments)
-          : 0;
+      kUnpacked ? 0 : min_of(ceil_div(kBytesAhead / kTiles, piece.segment_stride), segments);
   typename S::F sum[M][V];
   if constexpr (kHeld<S, M, V>) load_partial<S, M, V>(partial, piece.first == 0, sum);
   for (int64_t s = piece.first; s < piece.last; ++s, codes += piece.segment_stride) {

@@ -16,7 +16,7 @@ struct Avx2 {
   // accumulate.
   static constexpr int kRows = 6;
   static constexpr int kMaxRows = 12;
-  static constexpr int kPanelRows = 6;  // of a tile whose codes are unpacked for many
+  static constexpr int kPanelRows = kRows;
   static constexpr int kRegisters = 16;
   static constexpr int vectors(int rows) { return rows <= kRows ? 2 : 1; }
 

@@ -14,7 +14,7 @@ struct Avx512Vnni {
   static constexpr int kLanes = 16;
   static constexpr int kRows = 10;
   static constexpr int kMaxRows = kRows;
-  static constexpr int kPanelRows = 6;  // of a tile whose codes are unpacked for many
+  static constexpr int kPanelRows = 6;  // of many, whose codes are unpacked: the sums are held
   static constexpr int kRegisters = 32;
   // Few rows need more vectors, for the multiply-adds in flight.
   static constexpr int vectors(int rows) { return rows <= 4 ? 4 : 2; }

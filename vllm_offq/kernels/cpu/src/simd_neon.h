@@ -15,7 +15,7 @@ struct NeonDotprod {
   // 16 of the 32 registers accumulate: from 20 on GCC spills.
   static constexpr int kRows = 4;
   static constexpr int kMaxRows = kRows;
-  static constexpr int kPanelRows = 4;  // of a tile whose codes are unpacked for many
+  static constexpr int kPanelRows = kRows;
   static constexpr int kRegisters = 32;
   // One row needs more vectors, for the products in flight.
   static constexpr int vectors(int rows) { return rows == 1 ? 8 : 4; }

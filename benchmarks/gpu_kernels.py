@@ -25,7 +25,6 @@ from vllm_offq.kernels.triton.expert_gemm import expert_gemm_constants, expert_g
 from vllm_offq.kernels.triton.expert_rows import (
     BLOCK,
     add_slots_kernel,
-    silu_and_mul_kernel,
     sort_parameters_kernel,
 )
 from vllm_offq.kernels.triton.gemm import gemm_constants, gemm_kernel
@@ -43,7 +42,9 @@ from vllm_offq.kernels.triton.paged_attention_config import (
     attention_config,
     tiles_for,
 )
+from vllm_offq.kernels.triton.rms_norm_quantize import rms_norm_quantize_kernel, token_shape
 from vllm_offq.kernels.triton.rotate_quantize import rotate_quantize_kernel, tile_shape
+from vllm_offq.kernels.triton.silu_and_mul_quantize import silu_and_mul_quantize_kernel
 from vllm_offq.kernels.triton.sort_slots import (
     MAX_BLOCK,
     TILES_OF_PROGRAM,
@@ -91,7 +92,7 @@ def variants(target: Target) -> Iterator[Variant]:
     yield from _gemms(gpu_of(target))
     yield from _expert_gemms(gpu_of(target))
     yield from _expert_rows()
-    yield from _quantizations()
+    yield from _quantizations(gpu_of(target))
     yield from _stores(gpu_of(target))
     yield from _attentions(gpu_of(target))
 
@@ -161,7 +162,6 @@ def _expert_rows() -> Iterator[Variant]:
     types |= {f"{x}{y}_ptr": "*fp32" for x in ("", "sorted_") for y in ("scale", "offset")}
     kernels: dict[JITFunction, dict[str, int]] = {
         sort_parameters_kernel: {"TOP_K": 8, "BLOCK": BLOCK},
-        silu_and_mul_kernel: {"BLOCK": BLOCK},
         add_slots_kernel: {"TOP_K": 8, "BLOCK": BLOCK},
         sort_slots_kernel: {"BLOCK": MAX_BLOCK},
         cut_tiles_kernel: {"BLOCK_M": 16, "EXPERTS": 128, "TILES": TILES_OF_PROGRAM},
@@ -174,34 +174,62 @@ def _expert_rows() -> Iterator[Variant]:
         yield Variant(name, kernel, signature, constants, divisible, {"num_warps": 4})
 
 
-def _quantizations() -> Iterator[Variant]:
-    for group_size, hadamard, wide in (128, 0, False), (128, 0, True), (128, 128, False):
-        rows, half, num_warps = tile_shape(group_size, hadamard, tokens=1024, element_size=2)
-        signature = {
-            "x_ptr": "*bf16",
-            "matrix_ptr": "*bf16",
-            "codes_ptr": "*i8" if wide else "*u8",
-            "scale_ptr": "*fp32",
-            "offset_ptr": "*fp32",
-            **dict.fromkeys(("x_stride", "num_tokens", "token_stride", "num_groups"), "i32"),
-            **dict.fromkeys(("range_to_scale", "norm"), "fp32"),
-        }
-        constants = {
-            "GROUP_SIZE": group_size,
-            "HADAMARD": bool(hadamard),
-            "SYMMETRIC": False,
-            "BITS": 4,
-            "WIDE": wide,
-            "ROWS": rows,
-            "HALF": half,
-        }
-        name = f"rotate_quantize{', Hadamard' if hadamard else ''}{', wide' if wide else ''}"
-        integers = ("x_stride", "token_stride")
-        yield Variant(
-            name, rotate_quantize_kernel, signature, constants, integers, {"num_warps": num_warps}
-        )
+def _quantizations(gpu: Gpu) -> Iterator[Variant]:
+    for hadamard, wide in (0, False), (0, True), (128, False):
+        shape = tile_shape(128, hadamard, tokens=1024, element_size=2)
+        settings = f"{', Hadamard' if hadamard else ''}{', wide' if wide else ''}"
+        for kernel in rotate_quantize_kernel, silu_and_mul_quantize_kernel:
+            yield _quantization(kernel, settings, gpu, hadamard, wide, *shape)
+        for channels in HIDDEN_SIZES:
+            shape = token_shape(channels // 128, 128, hadamard)
+            name = f", {channels} channels{settings}"
+            yield _quantization(rms_norm_quantize_kernel, name, gpu, hadamard, wide, *shape)
 
 
+def _quantization(
+    kernel: JITFunction,
+    name: str,
+    gpu: Gpu,
+    hadamard: int,
+    wide: bool,
+    rows: int,
+    half: int,
+    num_warps: int,
+) -> Variant:
+    constants = {
+        "GROUP_SIZE": 128,
+        "HADAMARD": bool(hadamard),
+        "SYMMETRIC": False,
+        "BITS": 4,
+        "WIDE": wide,
+        "PTX": gpu.has_ptx,
+        "ROWS": rows,
+        "HALF": half,
+    }
+    types = {
+        "codes_ptr": "*i8" if wide else "*u8",
+        **dict.fromkeys(("scale_ptr", "offset_ptr"), "*fp32"),
+        **dict.fromkeys(("range_to_scale", "rotation_norm", "epsilon"), "fp32"),
+    }
+    names = kernel.arg_names
+    signature = {
+        x: types.get(x, "*bf16" if x.endswith("_ptr") else "i32")
+        for x in names
+        if x not in constants
+    }
+    integers = {"x_stride", "residual_stride", "channels", "token_stride"}
+    return Variant(
+        kernel.__name__.removesuffix("_kernel") + name,
+        kernel,
+        signature,
+        {x: value for x, value in constants.items() if x in names},
+        tuple(integers & signature.keys()),
+        {"num_warps": num_warps},
+    )
+
+
+HIDDEN_SIZES = 4096, 8192
+"""Channels of a token, which a program of a norm holds."""
 HEADS = {64: 64, 128: 128, 256: 128}
 """Channels of a head; of a group."""
 RATIO, BLOCK_SIZE = 4, 16

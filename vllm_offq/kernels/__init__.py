@@ -1,7 +1,8 @@
 """Arithmetic of OffQ. Knows tensors, not vLLM.
 
 Every backend is a module with these names of `reference`: FEATURES, prepare_weight, linear,
-experts, kv_store, paged_attention. Callers take them from backend().
+experts, kv_store, paged_attention; where FEATURES says so rms_norm_linear,
+fused_add_rms_norm_linear and silu_and_mul_linear. Callers take them from backend().
 """
 
 import logging

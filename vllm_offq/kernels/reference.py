@@ -3,7 +3,7 @@
 Shapes: T tokens, K input channels, N output channels, G groups of K / G channels, D head_size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from vllm_offq.rotation import apply_block_hadamard
 
 
 class Features(NamedTuple):
-    """What the attention of a backend can do."""
+    """What a backend can do."""
 
     kv_multiple: int
     """What block size, head size and group size of a KV cache must be multiples of."""
@@ -22,9 +22,11 @@ class Features(NamedTuple):
     """Most groups of a head; None: any number."""
     cuda_graphs: bool
     """Whether a step can be recorded and replayed: nothing waits for a GPU to read its tensors."""
+    fused_inputs: bool
+    """Whether it has the linears that compute their own input: rms_norm_linear and so on."""
 
 
-FEATURES = Features(kv_multiple=1, max_head_groups=None, cuda_graphs=False)
+FEATURES = Features(kv_multiple=1, max_head_groups=None, cuda_graphs=False, fused_inputs=True)
 
 
 class Weight(NamedTuple):
@@ -113,6 +115,47 @@ def linear(
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + epsilon) * weight`` in float32.
+
+    x: [..., K]; weight: [K]. Returns: like x, rounded once.
+    """
+    inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+    return (x.float() * inverse * weight.float()).to(x.dtype)
+
+
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """rms_norm of x + residual, which is rounded after it; and that sum. Both in x's dtype."""
+    total = (x.float() + residual.float()).contiguous()
+    return rms_norm(total, weight, epsilon).to(x.dtype), total.to(x.dtype)
+
+
+def rms_norm_linear(x: Tensor, norm_weight: Tensor, epsilon: float, *linear_inputs: Any) -> Tensor:
+    """`linear` of rms_norm(x). linear_inputs: what it takes after x."""
+    return linear(rms_norm(x, norm_weight, epsilon), *linear_inputs)
+
+
+def fused_add_rms_norm_linear(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, epsilon: float, *linear_inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """`linear` of the norm that fused_add_rms_norm returns, and its sum."""
+    normalized, total = fused_add_rms_norm(x, residual, norm_weight, epsilon)
+    return linear(normalized, *linear_inputs), total
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` in float32. x: [..., 2 I], gate and up. Returns: [..., I], x's dtype."""
+    gate, up = x.float().chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def silu_and_mul_linear(x: Tensor, *linear_inputs: Any) -> Tensor:
+    """`linear` of silu_and_mul(x). x: [..., 2 K]; linear_inputs: what it takes after x."""
+    return linear(silu_and_mul(x), *linear_inputs)
+
+
 class ExpertLinear(NamedTuple):
     """One linear of every expert of a layer, and the grid of its input."""
 
@@ -128,12 +171,6 @@ class ExpertLinear(NamedTuple):
     def of(self, expert: int) -> tuple[Weight, None, int, int, int, float, bool, int]:
         """What `linear` takes after x."""
         return Weight(*(part[expert] for part in self.weight)), None, *self[1:]
-
-
-def silu_and_mul(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` in float32. x: [..., 2 I], gate and up. Returns: [..., I], x's dtype."""
-    gate, up = x.float().chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
 def experts(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import FLOATS, GROUP_SIZES, Grid, Layer, assert_close
 from torch import Tensor
+from triton_codes import assert_same_codes
 
 from vllm_offq.format import unpack_int4
 from vllm_offq.kernels import reference, triton
@@ -154,7 +155,7 @@ def test_the_codes_are_those_of_the_grid(
     x = torch.randn(7, 2 * lcm(group_size, block_size or 1)) + 3
     x = (x * torch.logspace(-6, 3, 7)[:, None]).to(dtype)
     x[3] = 0.5
-    assert_same_codes((group_size, block_size, clip_ratio, symmetric, bits), x, wide or bits == 8)
+    check_codes((group_size, block_size, clip_ratio, symmetric, bits), x, wide or bits == 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -165,7 +166,7 @@ def test_the_codes_of_a_hadamard_product_that_float32_holds(
     """To the bit: sums of small integers are exact in any order."""
     torch.manual_seed(block_size)
     x = torch.randint(-99, 100, (21, 3 * block_size)).to(dtype)
-    assert_same_codes((block_size, block_size, 0.95, False, 4), x, wide=False)
+    check_codes((block_size, block_size, 0.95, False, 4), x, wide=False)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -184,16 +185,8 @@ def test_codes_are_the_nearest_after_any_hadamard_product(
     assert ((values - rotated).abs() <= scale / 2 + error).all()
 
 
-def assert_same_codes(grid: Grid, x: Tensor, wide: bool) -> None:
-    clip_ratio, symmetric, bits = grid[2:]
-    quantized = rotate_quantize(x, *grid[:2], clip_ratio, symmetric, bits, wide)
-    codes, scale, offset = reference.rotate_quantize(x, *grid)
-    halves = (
-        quantized.codes.transpose(2, 3).flatten(1) if wide else unpack_int4(quantized.codes ^ 0x88)
-    )
-    assert torch.equal(halves, codes)
-    assert torch.equal(quantized.scale.T[: len(x)], scale)
-    assert torch.equal(quantized.offset.T[: len(x)], offset)
+def check_codes(grid: Grid, x: Tensor, wide: bool) -> None:
+    assert_same_codes(rotate_quantize(x, *grid, wide), reference.rotate_quantize(x, *grid))
 
 
 @pytest.mark.parametrize("largest", [0.0, 1.0, 1.6e38, 1e-30, 1e-39, 1e-42])
@@ -202,7 +195,7 @@ def test_the_codes_of_constant_huge_and_denormal_values(largest: float, symmetri
     torch.manual_seed(0)
     x = largest * (2 * torch.rand(5, 192) - 1)
     x[0], x[1], x[2, ::3] = 2 * largest, -largest, 0.0
-    assert_same_codes((96, 0, 1.0, symmetric, 4), x, wide=False)
+    check_codes((96, 0, 1.0, symmetric, 4), x, wide=False)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,28 @@ from vllm_offq.kernels.reference import Features
 from vllm_offq.kernels.triton.experts import experts
 from vllm_offq.kernels.triton.kv_page import MAX_GROUPS
 from vllm_offq.kernels.triton.kv_store import kv_store
-from vllm_offq.kernels.triton.linear import linear, prepare_weight
+from vllm_offq.kernels.triton.linear import (
+    fused_add_rms_norm_linear,
+    linear,
+    prepare_weight,
+    rms_norm_linear,
+    silu_and_mul_linear,
+)
 from vllm_offq.kernels.triton.paged_attention import paged_attention
 
-__all__ = ["FEATURES", "experts", "kv_store", "linear", "paged_attention", "prepare_weight"]
+__all__ = [
+    "FEATURES",
+    "experts",
+    "fused_add_rms_norm_linear",
+    "kv_store",
+    "linear",
+    "paged_attention",
+    "prepare_weight",
+    "rms_norm_linear",
+    "silu_and_mul_linear",
+]
 
-FEATURES = Features(kv_multiple=16, max_head_groups=MAX_GROUPS, cuda_graphs=True)
+FEATURES = Features(kv_multiple=16, max_head_groups=MAX_GROUPS, cuda_graphs=True, fused_inputs=True)
 """16: a tile of a product, and the bytes of an aligned load."""
 
 if knobs.runtime.interpret:

@@ -1,4 +1,4 @@
-"""What happens to the rows of experts beside products: parameters, activation, sum of a token."""
+"""What happens to the rows of experts beside products: parameters, and the sum of a token."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_offq.kernels.triton.gemm_config import MAX_BLOCK_M
-from vllm_offq.kernels.triton.rotate_quantize import Quantized
+from vllm_offq.kernels.triton.quantize_tile import Quantized
 from vllm_offq.kernels.triton.sort_slots import SortedSlots
 
 BLOCK = 1024
@@ -35,19 +35,6 @@ def sort_parameters_kernel(
     here, there = group * token_stride + token, group * place_stride + place
     tl.store(sorted_scale_ptr + there, tl.load(scale_ptr + here), mask=mask)
     tl.store(sorted_offset_ptr + there, tl.load(offset_ptr + here), mask=mask)
-
-
-@triton.jit
-def silu_and_mul_kernel(x_ptr, y_ptr, channels, BLOCK: tl.constexpr):
-    """One row: silu of the first half times the second."""
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = channel < channels
-    gate_ptrs = x_ptr + row * (2 * channels) + channel
-    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptrs + channels, mask=mask, other=0.0).to(tl.float32)
-    y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(y_ptr + row * channels + channel, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -89,14 +76,6 @@ def sort_parameters(quantized: Quantized, slots: SortedSlots, top_k: int) -> Qua
         BLOCK=BLOCK,
     )
     return Quantized(quantized.codes, scale, offset)
-
-
-def silu_and_mul(x: Tensor) -> Tensor:
-    """See reference.silu_and_mul. x: [S, 2 I], contiguous. Returns: [S, I]."""
-    rows, channels = x.shape[0], x.shape[1] // 2
-    y = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
-    silu_and_mul_kernel[rows, triton.cdiv(channels, BLOCK)](x, y, channels, BLOCK=BLOCK)
-    return y
 
 
 def add_slots(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ from torch import Tensor
 
 from vllm_offq.kernels.reference import ExpertLinear
 from vllm_offq.kernels.triton.expert_gemm import expert_gemm
-from vllm_offq.kernels.triton.expert_rows import add_slots, silu_and_mul, sort_parameters
+from vllm_offq.kernels.triton.expert_rows import add_slots, sort_parameters
 from vllm_offq.kernels.triton.gemm_config import GemmConfig, expert_gemm_config
-from vllm_offq.kernels.triton.rotate_quantize import Quantized, rotate_quantize
+from vllm_offq.kernels.triton.quantize_tile import Quantized
+from vllm_offq.kernels.triton.rotate_quantize import rotate_quantize
+from vllm_offq.kernels.triton.silu_and_mul_quantize import silu_and_mul_quantize
 from vllm_offq.kernels.triton.sort_slots import SortedSlots, sort_slots
 from vllm_offq.kernels.triton.target import gpu
 
@@ -28,24 +30,17 @@ def experts(
         for layer in (gate_up, down)
     ]
     slots = sort_slots(topk_ids, num_experts, configs[0].block_m)
-    quantized = _quantize(x, gate_up, configs[0])
+    quantized = rotate_quantize(x, *_grid(gate_up, configs[0]))
     quantized = sort_parameters(quantized, slots, top_k)
     x_gate_up = _multiply(quantized, slots, gate_up, top_k, x.dtype, configs[0])
-    quantized = _quantize(silu_and_mul(x_gate_up), down, configs[1])
+    quantized = silu_and_mul_quantize(x_gate_up, *_grid(down, configs[1]))
     parts = _multiply(quantized, slots, down, 0, x.dtype, configs[1])
     return add_slots(parts, topk_ids, topk_weights)
 
 
-def _quantize(x: Tensor, layer: ExpertLinear, config: GemmConfig) -> Quantized:
-    return rotate_quantize(
-        x,
-        layer.group_size,
-        layer.rotation_block_size,
-        layer.clip_ratio,
-        layer.symmetric,
-        layer.bits,
-        config.wide,
-    )
+def _grid(layer: ExpertLinear, config: GemmConfig) -> tuple[int, int, float, bool, int, bool]:
+    """What is to be known of a linear to quantize its input."""
+    return *layer[2:], config.wide
 
 
 def _multiply(

@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm_offq.kernels.reference import Weight
 from vllm_offq.kernels.triton.add_splits import add_splits
 from vllm_offq.kernels.triton.gemm_config import GemmConfig
-from vllm_offq.kernels.triton.rotate_quantize import Quantized
+from vllm_offq.kernels.triton.quantize_tile import Quantized
 from vllm_offq.kernels.triton.target import Gpu, gpu
 from vllm_offq.kernels.triton.tile import along_outputs, along_tokens, multiply_tile
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -80,6 +80,10 @@ class OffQConfig(QuantizationConfig):
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is not None:
             refuse_unsupported_options(vllm_config)
+            if vllm_config.compilation_config.mode != CompilationMode.NONE:
+                from vllm_offq.fusion import fuse_inputs  # not before: it loads the compiler
+
+                fuse_inputs(vllm_config)
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, ParallelLMHead) and self.checkpoint.head is not None:

@@ -80,6 +80,14 @@ SEAMS: dict[str, dict[str, set[str]]] = {
         },
         "MultipleOf": {"base"},
     },
+    "vllm.compilation.passes.inductor_pass": {
+        "InductorPass.uuid": set(),
+        "InductorPass.hash_source": {"srcs"},
+        "enable_fake_mode": {"fn"},
+    },
+    "vllm.config": {"CompilationConfig": set(), "CompilationMode": set()},
+    "vllm.ir.ops": {"rms_norm": set(), "fused_add_rms_norm": set()},
+    f"{_LAYERS}.activation": {"SiluAndMul.forward_native": {"x"}},
     "vllm.v1.metrics.loggers": {
         "AggregateStatLoggerBase.__init__": {"vllm_config", "engine_indexes"},
         "AggregateStatLoggerBase.log_engine_initialized": set(),

@@ -8,6 +8,7 @@ and grows from layer to layer (a perturbation of d steps flips a share d of the 
 step, so its amplitude becomes sqrt(d)), so only the amount can be bounded: by the noise itself.
 """
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 from openai import OpenAI
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from vllm_server import KV_CACHE_GIB, metric
+from vllm_server import KV_CACHE_GIB, metric, serve_tiny
 
 from calibration.simulate import load_simulated
 from serving.server import Server
@@ -141,6 +142,21 @@ def test_triton_kernels_answer_what_transformers_calculates(
     found = [errors(answer, prompt, simulated) for answer, prompt in answers]
     assert all(error.mean() < NOISE / 3 for error in found)
     assert (torch.cat(found) < 1e-4).float().mean() > 0.5  # 0.9 was seen
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+def test_a_compiled_model_computes_activations_where_it_quantizes_them(
+    checkpoint: Path, prompts: list[list[int]], simulated: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Of norms, which vLLM takes apart on a CPU, test_fusion.py says it."""
+    options = ["--dtype", "float32", "--max-num-seqs", "4", "--max-model-len", "256"]
+    environment = {"VLLM_OFFQ_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
+    with serve_tiny(checkpoint, tmp_path, *options, environment=environment) as server:
+        found = [errors(ask(server.url, prompt), prompt, simulated) for prompt in prompts[:2]]
+    layers = simulated.config.num_hidden_layers
+    assert f"OffQ fused the inputs of {layers} linears" in (tmp_path / "server.log").read_text()
+    assert all(error.mean() < NOISE / 3 for error in found)
 
 
 def test_concurrent_requests_get_the_answers_they_get_alone(

@@ -89,7 +89,6 @@ def silu_and_mul_quantize(
         return rotate_quantize(reference.silu_and_mul(x), *grid)
     tokens, channels = x.shape[0], x.shape[1] // 2
     quantized = Quantized.empty(tokens, channels, group_size, wide, x.device)
-    # Two tiles are read for each that is quantized, and both as float32.
     rows, half, num_warps = tile_shape(group_size, rotation_block_size, tokens, x.element_size())
     silu_and_mul_quantize_kernel[triton.cdiv(tokens, rows), len(quantized.scale)](
         x,

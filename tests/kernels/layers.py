@@ -1,9 +1,11 @@
 """Linear layers as stored, for tests of any backend."""
 
 from dataclasses import dataclass
+from math import nan
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +15,18 @@ from vllm_offq.kernels import cpu, reference
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [2, 6, 16, 32, 64, 96, 128, 256, 512]
 Grid = tuple[int, int, float, bool, int]
+
+any_layout = pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.nn.functional.pad(x, (3, 5), value=nan)[:, 3:-5],
+        lambda x: x.repeat_interleave(2, 0)[::2],
+        lambda x: x.T.contiguous().T,
+        lambda x: x.view(2, 9, -1),
+    ],
+    ids=["columns", "rows", "transposed", "batched"],
+)
+"""For tests of `view`: inputs of 18 rows of 128 channels, in other places or shapes."""
 
 
 @dataclass

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import FLOATS, GROUP_SIZES, Layer
+from layers import FLOATS, GROUP_SIZES, Layer, any_layout
 from torch import Tensor
 from triton_codes import assert_same_codes
 
 from vllm_offq.kernels import reference, triton
-from vllm_offq.kernels.triton.rms_norm_quantize import rms_norm_quantize
+from vllm_offq.kernels.triton.rms_norm_quantize import MAX_CHANNELS, rms_norm_quantize
 from vllm_offq.kernels.triton.silu_and_mul_quantize import silu_and_mul_quantize
 from vllm_offq.quantizer import code_range, group_range
 from vllm_offq.rotation import hadamard
@@ -28,6 +28,21 @@ ROTATED = [(2, 2), (12, 12), (32, 32), (96, 96), (128, 128), (512, 512), (32, 22
 """Groups and Hadamard blocks, of which torch applies the last two."""
 GROUPS = [*((size, 0) for size in GROUP_SIZES), *ROTATED]
 ROUNDINGS = [(0.87, False, 4), (1.0, True, 8)]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("channels", [MAX_CHANNELS, MAX_CHANNELS + 128])
+def test_wide_tokens(channels: int, residual: bool) -> None:
+    """The widest that a program holds, and one that is wider. The root mean square is 2."""
+    torch.manual_seed(0)
+    grid = 128, 0, 0.95, False, 4
+    ones = 2.0 * torch.randint(0, 2, (3, channels)) - 1
+    weight, total = torch.randn(channels), torch.empty_like(ones)
+    inputs = {"residual": -3 * ones, "total": total} if residual else {}
+    x = 5 * ones if residual else 2 * ones
+    quantized = rms_norm_quantize(x, *grid, False, weight=weight, epsilon=0.0, **inputs)
+    assert_same_codes(quantized, reference.rotate_quantize(ones * weight, *grid))
+    assert not residual or torch.equal(total, 2 * ones)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -172,16 +187,7 @@ def test_no_tokens(kernels: ModuleType, leading: tuple[int, ...]) -> None:
     assert fused(layer, kernels, "silu_and_mul_linear", gate_up).shape == y.shape
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: torch.nn.functional.pad(x, (3, 5), value=nan)[:, 3:-5],
-        lambda x: x.repeat_interleave(2, 0)[::2],
-        lambda x: x.T.contiguous().T,
-        lambda x: x.view(2, 9, -1),
-    ],
-    ids=["columns", "rows", "transposed", "batched"],
-)
+@any_layout
 def test_any_layout_of_the_input(view: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     layer = Layer.random(40, 2, 64, rotation_block_size=64)

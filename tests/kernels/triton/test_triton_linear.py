@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import FLOATS, GROUP_SIZES, Grid, Layer, assert_close
+from layers import FLOATS, GROUP_SIZES, Grid, Layer, any_layout, assert_close
 from torch import Tensor
 from triton_codes import assert_same_codes
 
@@ -198,16 +198,7 @@ def test_the_codes_of_constant_huge_and_denormal_values(largest: float, symmetri
     check_codes((96, 0, 1.0, symmetric, 4), x, wide=False)
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: torch.nn.functional.pad(x, (3, 5), value=nan)[:, 3:-5],
-        lambda x: x.repeat_interleave(2, 0)[::2],
-        lambda x: x.T.contiguous().T,
-        lambda x: x.view(2, 9, -1),
-    ],
-    ids=["columns", "rows", "transposed", "batched"],
-)
+@any_layout
 def test_any_layout_of_the_input(view: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     layer = Layer.random(40, 2, 64, rotation_block_size=64)

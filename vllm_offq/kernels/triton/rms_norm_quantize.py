@@ -21,8 +21,11 @@ from vllm_offq.kernels.triton.target import gpu
 
 WARP_CHANNELS = 512
 """Of a warp: 16 in each thread leave registers for all that is made of them."""
-MAX_WARPS, MAX_PRODUCT_WARPS = 32, 8
+MAX_PRODUCT_WARPS = 8
 """With more, those of a product would compute the same."""
+MAX_CHANNELS = 8192
+"""Of a token, with padding, that registers hold, and an AMD GPU's 16 waves; torch normalizes wider
+ones."""
 
 
 @triton.jit(do_not_specialize=["num_groups"])
@@ -97,8 +100,8 @@ def token_shape(num_groups: int, group_size: int, rotation_block_size: int) -> t
     least = 16 if rotation_block_size else 1  # of a product
     rows = max(triton.next_power_of_2(num_groups), least)
     half = max(triton.next_power_of_2(group_size // 2), least)
-    most_warps = MAX_PRODUCT_WARPS if rotation_block_size else MAX_WARPS
-    return rows, half, min(max(4, 2 * rows * half // WARP_CHANNELS), most_warps)
+    num_warps = max(4, 2 * rows * half // WARP_CHANNELS)
+    return rows, half, min(num_warps, MAX_PRODUCT_WARPS) if rotation_block_size else num_warps
 
 
 def rms_norm_quantize(
@@ -120,15 +123,15 @@ def rms_norm_quantize(
     x, residual, total: [T, K] with contiguous channels; weight: [K].
     """
     grid = group_size, rotation_block_size, clip_ratio, symmetric, bits, wide
-    if not has_tile(group_size, rotation_block_size):
+    tokens, channels = x.shape
+    rows, half, num_warps = token_shape(channels // group_size, group_size, rotation_block_size)
+    if 2 * rows * half > MAX_CHANNELS or not has_tile(group_size, rotation_block_size):
         if residual is None or total is None:
             y = reference.rms_norm(x, weight, epsilon)
         else:
             y, total[:] = reference.fused_add_rms_norm(x, residual, weight, epsilon)
         return rotate_quantize(y, *grid)
-    tokens, channels = x.shape
     quantized = Quantized.empty(tokens, channels, group_size, wide, x.device)
-    rows, half, num_warps = token_shape(channels // group_size, group_size, rotation_block_size)
     rms_norm_quantize_kernel[tokens,](
         x,
         x.stride(0),

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -95,9 +96,13 @@ def special_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield server
 
 
-def complete(server: Server, prompt: str) -> str:
+def complete(server: Server, prompt: str, **options: Any) -> str:
     reply = connect(server).completions.create(
-        model="tiny", prompt=prompt, max_tokens=16, temperature=0, extra_body={"ignore_eos": True}
+        model="tiny",
+        prompt=prompt,
+        max_tokens=16,
+        temperature=0,
+        extra_body={"ignore_eos": True} | options,
     )
     return reply.choices[0].text
 
@@ -105,6 +110,11 @@ def complete(server: Server, prompt: str) -> str:
 def test_ngram_speculation_changes_no_token(float32_server: Server, special_server: Server) -> None:
     for prompt in SENTENCES:
         assert complete(special_server, prompt) == complete(float32_server, prompt)
+    # Random weights need not repeat themselves: of two tokens, drafts must come true.
+    two = {"allowed_token_ids": [40, 41]}
+    assert complete(special_server, SENTENCES[2], **two) == complete(
+        float32_server, SENTENCES[2], **two
+    )
     assert metric(special_server, "vllm:spec_decode_num_accepted_tokens_total") > 0
     assert metric(special_server, "vllm:prefix_cache_queries_total") == 0
 

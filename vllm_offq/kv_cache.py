@@ -32,6 +32,7 @@ from vllm_offq.errors import UserError
 from vllm_offq.format import KEY_ROTATION, KVCacheConfig
 from vllm_offq.kernels import backend
 from vllm_offq.kernels.reference import kv_page_bytes
+from vllm_offq.workspace import attention_workspace
 
 
 class OffQKVCacheMethod(BaseKVCacheMethod):
@@ -190,6 +191,7 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """query: [T or more, H, D]; output: like query, written in place."""
+        workspace = attention_workspace(query.dtype, self.head_size, self.group_size, query.device)
         if attn_metadata is None:  # vLLM measures memory with a run without a cache.
             return output.zero_()
         tokens = attn_metadata.num_tokens
@@ -208,6 +210,7 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
                 getattr(layer, KEY_ROTATION, None),
                 max_query_len=batch.max_query_len,
                 logits_soft_cap=self.logits_soft_cap,
+                workspace=workspace,
             )
 
         attend(query[:tokens], attn_metadata, output[:tokens], self.sliding_window)

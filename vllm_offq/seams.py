@@ -93,6 +93,11 @@ SEAMS: dict[str, dict[str, set[str]]] = {
         "AggregateStatLoggerBase.log_engine_initialized": set(),
         "AggregateStatLoggerBase.record": {"scheduler_stats", "iteration_stats"},
     },
+    "vllm.v1.worker.workspace": {
+        "current_workspace_manager": set(),
+        "is_workspace_manager_initialized": set(),
+        "WorkspaceManager.get_simultaneous": {"shapes_and_dtypes"},
+    },
     "vllm.v1.kv_cache_interface": {"AttentionSpec": {"dtype", "head_size", "state_content_bytes"}},
 }
 """Module, name in it, parameters that we pass, override or read."""

@@ -9,7 +9,7 @@ from layers import Layer
 from torch import Tensor
 
 from vllm_offq.kernels import reference
-from vllm_offq.kernels.reference import ExpertLinear, Weight
+from vllm_offq.kernels.interface import ExpertLinear, Weight
 from vllm_offq.quantizer import range_to_scale
 from vllm_offq.rotation import apply_block_hadamard
 

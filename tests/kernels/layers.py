@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_offq.format import pack_int4
 from vllm_offq.kernels import cpu, reference
+from vllm_offq.kernels.interface import Weight
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [2, 6, 16, 32, 64, 96, 128, 256, 512]
@@ -63,7 +64,7 @@ class Layer:
         channels = self.codes.shape[1] // self.scale.shape[1]
         return self.codes * self.scale.double().repeat_interleave(channels, 1)
 
-    def prepare(self, kernels: ModuleType) -> reference.Weight:
+    def prepare(self, kernels: ModuleType) -> Weight:
         return kernels.prepare_weight(pack_int4(self.codes), self.scale, self.group_size)
 
     def run(self, kernels: ModuleType, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_offq.kernels import backend
-from vllm_offq.kernels.reference import ExpertLinear, Weight
+from vllm_offq.kernels.interface import ExpertLinear, Weight
 
 _library = torch.library.Library("vllm_offq", "DEF")
 

@@ -3,41 +3,17 @@
 Shapes: T tokens, K input channels, N output channels, G groups of K / G channels, D head_size.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_offq.format import unpack_int4
+from vllm_offq.kernels.interface import ExpertLinear, Features, Weight
 from vllm_offq.quantizer import dequantize, group_range, quantize
 from vllm_offq.rotation import apply_block_hadamard
 
-
-class Features(NamedTuple):
-    """What a backend can do."""
-
-    kv_multiple: int
-    """What block size, head size and group size of a KV cache must be multiples of."""
-    max_head_groups: int | None
-    """Most groups of a head; None: any number."""
-    cuda_graphs: bool
-    """Whether a step can be recorded and replayed: nothing waits for a GPU to read its tensors."""
-    fused_inputs: bool
-    """Whether it has the linears that compute their own input: rms_norm_linear and so on."""
-
-
 FEATURES = Features(kv_multiple=1, max_head_groups=None, cuda_graphs=False, fused_inputs=True)
-
-
-class Weight(NamedTuple):
-    """What a layer keeps at run time, made once at load. Backends choose shapes and dtypes."""
-
-    codes: Tensor
-    """Here [N, K] int8."""
-    scale: Tensor
-    """Here as stored: [N, 1] or [N, G] float16."""
-    sums: Tensor
-    """Of the codes over each group, for the offset term (not stored). Here [N, G] float32."""
 
 
 def prepare_weight(weight_packed: Tensor, weight_scale: Tensor, group_size: int) -> Weight:
@@ -156,23 +132,6 @@ def silu_and_mul_linear(x: Tensor, *linear_inputs: Any) -> Tensor:
     return linear(silu_and_mul(x), *linear_inputs)
 
 
-class ExpertLinear(NamedTuple):
-    """One linear of every expert of a layer, and the grid of its input."""
-
-    weight: Weight
-    """Those that prepare_weight makes of each expert, stacked: [E, ...]."""
-    out_features: int
-    group_size: int
-    rotation_block_size: int
-    clip_ratio: float
-    symmetric: bool
-    bits: int = 4
-
-    def of(self, expert: int) -> tuple[Weight, None, int, int, int, float, bool, int]:
-        """What `linear` takes after x."""
-        return Weight(*(part[expert] for part in self.weight)), None, *self[1:]
-
-
 def experts(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: ExpertLinear, down: ExpertLinear
 ) -> Tensor:
@@ -274,6 +233,7 @@ def paged_attention(
     rotation: Tensor | None = None,
     max_query_len: int | None = None,
     logits_soft_cap: float | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """Causal attention of a ragged batch over packed pages.
 
@@ -282,7 +242,8 @@ def paged_attention(
     bounds; output: [T, H, D], written in place; sliding_window: how many last tokens, itself
     included, a token sees; rotation: [H_kv, D, D] float32; max_query_len: no request has more new
     tokens, for backends that must not look at query_start_loc; logits_soft_cap: c of
-    c tanh(score / c), which takes the place of a score.
+    c tanh(score / c), which takes the place of a score; workspace: [FEATURES.attention_workspace]
+    float32 to write to, None: the backend allocates what it needs.
     """
     if rotation is not None:
         query = rotate_heads(query, rotation)

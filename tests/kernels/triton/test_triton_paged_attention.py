@@ -6,14 +6,20 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from paged import empty_cache
 from triton_scene import MODULE, Scene
 
 from vllm_offq.errors import UserError
-from vllm_offq.kernels.triton import target
+from vllm_offq.kernels.triton import paged_attention_config, target
 from vllm_offq.kernels.triton.kv_store import kv_store
+from vllm_offq.kernels.triton.paged_attention_config import (
+    attention_config,
+    attention_workspace,
+    most_parts,
+    tiles_for,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 REQUESTS = st.lists(
@@ -69,6 +75,57 @@ def test_long_contexts_are_split(block_size: int, sliding_window: int | None) ->
     scene = Scene.random(lengths, new, block_size=block_size, sliding_window=sliding_window)
     scene.num_cores = 16
     scene.check()
+
+
+@pytest.mark.parametrize(("head_size", "group_size"), [(64, 64), (64, 32), (256, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_splits_are_kept_in_the_workspace(
+    dtype: torch.dtype, head_size: int, group_size: int
+) -> None:
+    """Whatever it held before; one of the size asked for is enough."""
+    torch.manual_seed(0)
+    scene = Scene.random(
+        [700, 641, 60], [1, 1, 1], head=(head_size, group_size), dtype=dtype, num_cores=16
+    )
+    with patch.object(paged_attention_config, "num_cores", lambda device: 16):
+        size = attention_workspace(dtype, head_size, group_size, torch.device("cpu"))
+    workspace = torch.full((size,), nan)
+    assert scene.run(workspace=workspace).equal(scene.run())
+    assert not workspace.isnan().all()
+
+
+@settings(deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    head_size=st.sampled_from([64, 128, 256]),
+    tensor_core=st.sampled_from(["mma", "wgmma", "mfma"]),
+    new=st.lists(st.integers(0, 300), min_size=1, max_size=20),
+    padding=st.integers(0, 100),
+    ratio=st.integers(1, 40),
+    kv_heads=st.integers(1, 16),
+    max_context=st.integers(1, 100_000),
+    cores=st.integers(1, 304),
+)
+def test_no_batch_has_more_parts_than_the_workspace_holds(
+    dtype: torch.dtype,
+    head_size: int,
+    tensor_core: str,
+    new: list[int],
+    padding: int,
+    ratio: int,
+    kv_heads: int,
+    max_context: int,
+    cores: int,
+) -> None:
+    assume(sum(new) > 0)
+    tiles, tokens = tiles_for(dtype, head_size, 1, tensor_core), sum(new) + padding
+    batch = tokens, len(new), max(new), ratio, kv_heads, max_context, cores
+    config = attention_config(tiles, *batch)
+    if config.splits > 1:
+        assert tokens * ratio * kv_heads * config.splits <= most_parts(tiles, cores)
+    if padding == 0:  # which is then no limit
+        with patch.object(paged_attention_config, "most_parts", lambda *_: 1 << 60):
+            assert attention_config(tiles, *batch) == config
 
 
 @pytest.mark.parametrize("num_cores", [1, 16])

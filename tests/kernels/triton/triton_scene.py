@@ -64,7 +64,7 @@ class Scene:
     def scale(self) -> float:
         return self.query.shape[2] ** -0.5
 
-    def run(self, output: Tensor | None = None) -> Tensor:
+    def run(self, output: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
         output = torch.full_like(self.query, 9.0) if output is None else output
         batch = self.batch.block_table, self.batch.seq_lens, self.batch.query_start_loc
         rest = self.scale, self.group_size, self.sliding_window, self.rotation
@@ -78,6 +78,7 @@ class Scene:
                 *rest,
                 max_query_len=new,
                 logits_soft_cap=self.soft_cap,
+                workspace=workspace,
             )
         return output
 

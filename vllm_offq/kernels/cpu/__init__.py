@@ -15,7 +15,7 @@ from vllm_offq.errors import UserError
 from vllm_offq.kernels.cpu import library
 from vllm_offq.kernels.cpu.experts import experts_by
 from vllm_offq.kernels.cpu.library import DTYPES
-from vllm_offq.kernels.reference import ExpertLinear, Features, Weight
+from vllm_offq.kernels.interface import ExpertLinear, Features, Weight
 from vllm_offq.quantizer import range_to_scale
 from vllm_offq.rotation import hadamard_core
 
@@ -190,6 +190,7 @@ def paged_attention(
     rotation: Tensor | None = None,
     max_query_len: int | None = None,
     logits_soft_cap: float | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """See reference.paged_attention."""
     assert head_rows(output) is output and output.dtype == query.dtype

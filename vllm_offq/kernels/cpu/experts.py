@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vllm_offq.kernels.reference import ExpertLinear, silu_and_mul
+from vllm_offq.kernels.interface import ExpertLinear
+from vllm_offq.kernels.reference import silu_and_mul
 
 
 def experts_by(

@@ -247,6 +247,7 @@ def paged_attention(
     rotation: Tensor | None = None,
     max_query_len: int | None = None,
     logits_soft_cap: float | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """See reference.paged_attention."""
     num_bytes = 3 if query.dtype == torch.float32 else 2  # float32 has 24 bits itself

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from vllm_offq.kernels.cpu.experts import experts_by
+from vllm_offq.kernels.interface import ExpertLinear
 from vllm_offq.kernels.numba.linear import linear
-from vllm_offq.kernels.reference import ExpertLinear
 
 
 def experts(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_offq.kernels.cpu import BLOCK, TILE, segment_size
+from vllm_offq.kernels.interface import Weight
 from vllm_offq.kernels.numba.compiling import (
     Bool,
     Float,
@@ -21,7 +22,6 @@ from vllm_offq.kernels.numba.compiling import (
 )
 from vllm_offq.kernels.numba.rows import block_hadamard, group_range, quantize
 from vllm_offq.kernels.numba.tile import multiply_segments
-from vllm_offq.kernels.reference import Weight
 from vllm_offq.quantizer import range_to_scale
 from vllm_offq.rotation import hadamard_core
 

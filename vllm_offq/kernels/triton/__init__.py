@@ -5,7 +5,7 @@ With TRITON_INTERPRET=1, Triton runs them on the CPU, slowly: how they are teste
 
 from triton import knobs
 
-from vllm_offq.kernels.reference import Features
+from vllm_offq.kernels.interface import Features
 from vllm_offq.kernels.triton.experts import experts
 from vllm_offq.kernels.triton.kv_page import MAX_GROUPS
 from vllm_offq.kernels.triton.kv_store import kv_store
@@ -17,6 +17,7 @@ from vllm_offq.kernels.triton.linear import (
     silu_and_mul_linear,
 )
 from vllm_offq.kernels.triton.paged_attention import paged_attention
+from vllm_offq.kernels.triton.paged_attention_config import attention_workspace
 
 __all__ = [
     "FEATURES",
@@ -30,7 +31,13 @@ __all__ = [
     "silu_and_mul_linear",
 ]
 
-FEATURES = Features(kv_multiple=16, max_head_groups=MAX_GROUPS, cuda_graphs=True, fused_inputs=True)
+FEATURES = Features(
+    kv_multiple=16,
+    max_head_groups=MAX_GROUPS,
+    cuda_graphs=True,
+    fused_inputs=True,
+    attention_workspace=attention_workspace,
+)
 """16: a tile of a product, and the bytes of an aligned load."""
 
 if knobs.runtime.interpret:

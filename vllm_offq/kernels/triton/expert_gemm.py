@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_offq.kernels.reference import Weight
+from vllm_offq.kernels.interface import Weight
 from vllm_offq.kernels.triton.gemm import gemm_constants
 from vllm_offq.kernels.triton.gemm_config import GemmConfig
 from vllm_offq.kernels.triton.quantize_tile import Quantized

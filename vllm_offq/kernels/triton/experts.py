@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_offq.kernels.reference import ExpertLinear
+from vllm_offq.kernels.interface import ExpertLinear
 from vllm_offq.kernels.triton.expert_gemm import expert_gemm
 from vllm_offq.kernels.triton.expert_rows import add_slots, sort_parameters
 from vllm_offq.kernels.triton.gemm_config import GemmConfig, expert_gemm_config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_offq.format import unpack_int4
-from vllm_offq.kernels.reference import Weight
+from vllm_offq.kernels.interface import Weight
 from vllm_offq.kernels.triton.gemm import gemm
 from vllm_offq.kernels.triton.gemm_config import gemm_config
 from vllm_offq.kernels.triton.quantize_tile import Quantized

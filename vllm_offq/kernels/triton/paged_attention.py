@@ -5,7 +5,7 @@ probabilities: ``q . k = scale (q . codes) + offset sum(q)`` for each token of t
 ``sum p v = sum (p scale) codes + sum p offset``. Exponentials are powers of two.
 """
 
-from math import e, log2
+from math import e, log2, prod
 
 import torch
 import triton
@@ -220,6 +220,7 @@ def paged_attention(
     rotation: Tensor | None = None,
     max_query_len: int | None = None,
     logits_soft_cap: float | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """See reference.paged_attention. All indices stay on the device, for CUDA graphs.
 
@@ -252,8 +253,11 @@ def paged_attention(
     parts, lse = output, output
     if config.splits > 1:
         shape = (tokens, num_heads, config.splits)
-        parts = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
-        lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+        sizes = prod(shape) * head_size, prod(shape)
+        if workspace is None:
+            workspace = torch.empty(sum(sizes), dtype=torch.float32, device=query.device)
+        parts, lse = workspace[: sum(sizes)].split(sizes)
+        parts, lse = parts.view(*shape, head_size), lse.view(shape)
     score_scale = scale * log2(e)
     if logits_soft_cap:
         score_scale *= 2 / logits_soft_cap

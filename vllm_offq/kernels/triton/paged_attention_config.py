@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_offq.kernels.triton.target import gpu, num_cores
+
 MAX_SPLITS = 64
 """Of a context: merging more would cost as much as they save."""
 
@@ -90,6 +92,7 @@ def attention_config(
     num_warps = max(4, rows // tiles.rows_per_warp)
     splits = min(
         WARPS_PER_CORE * num_cores // (num_warps * row_tiles * kv_heads),
+        most_parts(tiles, num_cores) // (tokens * ratio * kv_heads),
         max_context // (MIN_TILES * tiles.context),
         MAX_SPLITS,
     )
@@ -102,6 +105,22 @@ def attention_config(
         num_warps=num_warps,
         num_stages=tiles.num_stages if rows <= 32 else tiles.num_stages_many_rows,
     )
+
+
+def attention_workspace(
+    dtype: torch.dtype, head_size: int, group_size: int, device: torch.device
+) -> int:
+    """See Features.attention_workspace: for each part an output and its lse."""
+    tiles = tiles_for(dtype, head_size, head_size // group_size, gpu().tensor_core)
+    return most_parts(tiles, num_cores(device)) * (head_size + 1)
+
+
+def most_parts(tiles: Tiles, num_cores: int) -> int:
+    """What tokens times heads times splits never exceeds: the rows of all warps that run at once.
+
+    It bounds splits of batches with padding alone, tokens that no tile of rows has.
+    """
+    return WARPS_PER_CORE * num_cores * tiles.rows_per_warp
 
 
 @triton.jit

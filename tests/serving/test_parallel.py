@@ -41,6 +41,12 @@ MODELS: dict[str, tuple[int, dict[str, int]]] = {
 }
 """By name: how many ranks share it, and what it is made of."""
 
+KERNELS = {"cpu": {}, "triton": {"VLLM_OFFQ_KERNELS": "triton", "TRITON_INTERPRET": "1"}}
+"""By name: the environment that chooses them."""
+
+SHARED = [*(("cpu", name) for name in MODELS), ("triton", "tiny")]
+"""Kernels, and a model that processes share which run them."""
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -56,25 +62,31 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def found(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By kernels."""
     folder = tmp_path_factory.mktemp("found")
     prompts, out = folder / "prompts.json", folder / "found.json"
     prompts.write_text(json.dumps(PROMPTS))
-    jobs = [f"{checkpoints[name]}={ranks}" for name, (ranks, _) in MODELS.items()]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
-    subprocess.run([sys.executable, SCRIPT, prompts, out, *jobs], check=True, env=environment)
-    return json.loads(out.read_text())
+    found = {}
+    for kernels, choice in KERNELS.items():
+        names = [name for other, name in SHARED if other == kernels]
+        jobs = [f"{checkpoints[name]}={MODELS[name][0]}" for name in names]
+        environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])} | choice
+        subprocess.run([sys.executable, SCRIPT, prompts, out, *jobs], check=True, env=environment)
+        found[kernels] = json.loads(out.read_text())
+    return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("kernels", "name"), SHARED)
 def test_ranks_that_share_every_layer_answer_as_one_process(
-    name: str, checkpoints: dict[str, Path], found: Any
+    kernels: str, name: str, checkpoints: dict[str, Path], found: Any
 ) -> None:
-    one, several = found["tokens"][str(checkpoints[name])]
+    one, several = found[kernels]["tokens"][str(checkpoints[name])]
     assert several == one
 
 
-def test_stages_of_a_pipeline_load_their_own_layers_alone(found: Any) -> None:
-    first, second = (set(names) for names in found["stages"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_stages_of_a_pipeline_load_their_own_layers_alone(kernels: str, found: Any) -> None:
+    first, second = (set(names) for names in found[kernels]["stages"])
     assert not first & second
     assert {name.split(".")[2] for name in first if ".layers." in name} == {"0"}
     assert {name.split(".")[2] for name in second if ".layers." in name} == {"1"}
@@ -102,7 +114,7 @@ def test_engines_behind_one_endpoint_answer_as_one_process(
     checkpoints: dict[str, Path], found: Any, tmp_path: Path
 ) -> None:
     checkpoint = checkpoints["tiny"]
-    expected, _ = found["tokens"][str(checkpoint)]
+    expected, _ = found["cpu"]["tokens"][str(checkpoint)]
 
     options = ["--data-parallel-size", "2", "--dtype", "float32", "--enforce-eager"]
     with serve_tiny(checkpoint, tmp_path, *options, "--max-model-len", "256") as server:

@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu [--out FILE] [--rounds 5] [--serve MODEL OFFQ_CHECKPOINT]
 
-Linear: quantization included, against cuBLAS and vLLM's 4-bit kernels. Attention: new keys and
-values stored, then all attended to, rotations included, against vLLM's backends. Every call is a
-CUDA graph, as vLLM serves them, and finds nothing in the cache; medians of rounds in which the
-contenders take turns. What this GPU or this build has not got is listed with the reason. First let
-`pytest tests/kernels/triton` say whether the kernels are right there.
+Linear: quantization included, against cuBLAS and vLLM's 4-bit kernels. Fused linear: the norm or
+activation before it included, too, by vLLM's kernel before those that have none. Attention: new
+keys and values stored, then all attended to, rotations included, against vLLM's backends. Every
+call is a CUDA graph, as vLLM serves them, and finds nothing in the cache; medians of rounds in
+which the contenders take turns. What this GPU or this build has not got is listed with the reason.
+First let `pytest tests/kernels/triton` say whether the kernels are right there.
 """
 
 import math
@@ -32,7 +33,15 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import serving
-from benchmarks.gpu_contenders import DEVICE, LAYERS, Attention, Call, Linear, Problem
+from benchmarks.gpu_contenders import (
+    DEVICE,
+    LAYERS,
+    Attention,
+    Call,
+    FusedLinear,
+    Linear,
+    Problem,
+)
 from vllm_offq.kernels.triton.target import why_not_usable
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -163,7 +172,9 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Problem]]]:
     """Kernel, case, and what makes the contenders."""
     for name in LAYERS:
         for tokens in TOKENS:
-            yield "linear", f"{name}, {tokens} tokens", partial(Linear, name, tokens)
+            case = f"{name}, {tokens} tokens"
+            yield "linear", case, partial(Linear, name, tokens)
+            yield "fused linear", case, partial(FusedLinear, name, tokens)
     for step in STEPS:
         yield "attention", "{} x {} tokens, {} new".format(*step), partial(Attention, *step)
 
@@ -187,7 +198,7 @@ def main(
     for kernel, case, make in track(list(cases()), "measuring", console=Console(stderr=True)):
         report.comparisons.append(compare(kernel, case, make, rounds))
         report.write(path)
-    for kernel in ("linear", "attention"):
+    for kernel in ("linear", "fused linear", "attention"):
         console.print(tabulate([x for x in report.comparisons if x.kernel == kernel]))
     console.print(f"Written to {path}")
     if serve:

@@ -17,7 +17,12 @@ from torch.nn import functional
 
 from vllm_offq.kernels.reference import kv_page_bytes
 from vllm_offq.kernels.triton.kv_store import kv_store
-from vllm_offq.kernels.triton.linear import linear, prepare_weight
+from vllm_offq.kernels.triton.linear import (
+    fused_add_rms_norm_linear,
+    linear,
+    prepare_weight,
+    silu_and_mul_linear,
+)
 from vllm_offq.kernels.triton.paged_attention import paged_attention
 
 LAYERS = {"qkv": (6144, 4096, 0), "gate_up": (28672, 4096, 0), "down": (4096, 14336, 128)}
@@ -62,12 +67,16 @@ class Linear:
         others = {name: partial(self.vllm, *entry) for name, entry in VLLM_LINEARS.items()}
         return {"OffQ": self.offq, "cuBLAS bf16": self.cublas, **others}
 
-    def offq(self) -> Call:
+    def offq_inputs(self) -> tuple[Any, ...]:
+        """What OffQ's linears take after x."""
         packed = random(self.outputs, self.inputs // 2, dtype=torch.uint8)
         scale = torch.full((self.outputs, 1), 0.01, dtype=torch.float16, device=DEVICE)
         weight = prepare_weight(packed, scale, GROUP)
-        settings = (None, self.outputs, GROUP, self.hadamard, 0.95, False)
-        return lambda: linear(self.x, weight, *settings)
+        return weight, None, self.outputs, GROUP, self.hadamard, 0.95, False
+
+    def offq(self) -> Call:
+        inputs = self.offq_inputs()
+        return lambda: linear(self.x, *inputs)
 
     def cublas(self) -> Call:
         weight = random(self.outputs, self.inputs)
@@ -103,6 +112,42 @@ class Linear:
         kernel = kernel_class(config, "codes", "scale")
         kernel.process_weights_after_loading(layer)
         return lambda: kernel.apply_weights(layer, self.x)
+
+
+class FusedLinear(Linear):
+    """The layer, and what a model computes before it: an activation, or a sum and its norm."""
+
+    epsilon = 1e-6
+
+    def __init__(self, name: str, tokens: int) -> None:
+        super().__init__(name, tokens)
+        self.is_activated = name == "down"
+        self.gate_up = random(tokens, 2 * self.inputs)
+        self.residual = random(tokens, self.inputs)
+        self.norm_weight = random(self.inputs)
+
+    def builds(self) -> Builds:
+        others = super().builds()
+        others["OffQ, not fused"] = others.pop("OffQ")
+        after = {name: partial(self.after_vllms, build) for name, build in others.items()}
+        return {"OffQ": self.offq_fused, **after}
+
+    def offq_fused(self) -> Call:
+        inputs = self.offq_inputs()
+        if self.is_activated:
+            return lambda: silu_and_mul_linear(self.gate_up, *inputs)
+        norm = self.residual, self.norm_weight, self.epsilon
+        return lambda: fused_add_rms_norm_linear(self.x, *norm, *inputs)
+
+    def after_vllms(self, build: Callable[[], Call]) -> Call:
+        """A linear that reads what vLLM's own kernel has written."""
+        from vllm import _custom_ops as ops
+
+        call = build()
+        if self.is_activated:
+            return lambda: (torch.ops._C.silu_and_mul(self.x, self.gate_up), call())
+        norm = self.residual, self.norm_weight, self.epsilon
+        return lambda: (ops.fused_add_rms_norm(self.x, *norm), call())
 
 
 class Attention:
@@ -200,4 +245,4 @@ class Attention:
         }
 
 
-Problem = Linear | Attention
+Problem = Linear | FusedLinear | Attention

@@ -141,6 +141,30 @@ def test_call_of_vllm_linear(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert layer.builds()[name]()() is not None
 
 
+@pytest.mark.parametrize("name", ["down", "qkv"])
+@pytest.mark.usefixtures("small_on_cpu")
+def test_others_read_what_vllms_kernel_has_written(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import _custom_ops as ops
+
+    def norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
+        x.fill_(1)
+
+    def activation(out: torch.Tensor, gate_up: torch.Tensor) -> None:
+        assert gate_up.shape == (3, 2 * out.shape[1])
+        out.fill_(1)
+
+    monkeypatch.setitem(gpu_contenders.LAYERS, name, (128, 256, 0))
+    fake = create_autospec(ops.fused_add_rms_norm, side_effect=norm)
+    monkeypatch.setattr(ops, "fused_add_rms_norm", fake)
+    monkeypatch.setattr(torch.ops._C, "silu_and_mul", activation, raising=False)
+    layer = gpu_contenders.FusedLinear(name, tokens=3)
+    assert layer.builds().keys() > {"OffQ", "OffQ, not fused", "cuBLAS bf16"}
+    layer.builds()["cuBLAS bf16"]()()
+    assert (layer.x == 1).all()
+
+
 @pytest.mark.parametrize("name", gpu_contenders.VLLM_ATTENTIONS)
 @pytest.mark.parametrize(("batch", "context", "new"), [(2, 48, 1), (1, 32, 32)])
 @pytest.mark.usefixtures("small_on_cpu")
@@ -194,6 +218,11 @@ from benchmarks import gpu_contenders
 gpu_contenders.DEVICE, gpu_contenders.FILLED_TOKENS = "cpu", 64
 gpu_contenders.LAYERS["small"] = 128, 256, 128
 assert gpu_contenders.Linear("small", 3).offq()().isfinite().all()
+gpu_contenders.LAYERS["unrotated"] = 128, 256, 0
+y, total = gpu_contenders.FusedLinear("unrotated", 3).offq_fused()()
+assert y.isfinite().all() and total.isfinite().all()
+gpu_contenders.LAYERS["down"] = 128, 256, 128
+assert gpu_contenders.FusedLinear("down", 3).offq_fused()().isfinite().all()
 for sizes in (2, 48, 1), (1, 32, 32):
     attention = gpu_contenders.Attention(*sizes)
     attention.offq()()

@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.cross_compile import TARGETS, count
-from benchmarks.gpu_kernels import gpu_of, variants
+from benchmarks.gpu_variants import gpu_of, variants
 from vllm_offq.errors import UserError
 from vllm_offq.kernels.triton.gemm import gemm_kernel
 from vllm_offq.kernels.triton.gemm_config import MAX_SPLIT_K, MIN_STEPS, GemmConfig, gemm_config

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from benchmarks import gpu_model
 from benchmarks.cross_compile import TARGETS
-from benchmarks.gpu_kernels import variants
 from benchmarks.gpu_model import (
     LAYERS,
     PARTS,
@@ -31,6 +30,7 @@ from benchmarks.gpu_model import (
     shared_bytes,
     step_cycles,
 )
+from benchmarks.gpu_variants import variants
 from vllm_offq.errors import UserError
 from vllm_offq.kernels.triton.gemm import gemm_kernel
 

@@ -7,7 +7,8 @@ import pytest
 import triton
 
 from benchmarks.cross_compile import MMA, TARGETS, Target, count
-from benchmarks.gpu_kernels import INSTRUCTIONS, Variant, variants
+from benchmarks.gpu_kernels import INSTRUCTIONS
+from benchmarks.gpu_variants import Variant, variants
 
 VERSION = "3.9.0"
 """Whose instructions are kept; another Triton compiles to others."""

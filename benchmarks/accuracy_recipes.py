@@ -39,9 +39,11 @@ RECIPES: dict[str, Settings] = {
     "+ weight groups": PAPER,  # their size is the model's, see `settings_of`
     "offq": Settings(),
     "offq, weight groups": Settings(),
+    "offq, fine groups": Settings(),  # likewise
     "offq, weight groups, refined": Settings(refine=128),
+    "offq, fine groups, refined": Settings(refine=128),
 }
-PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups")
+PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups", "offq, fine groups")
 """Recipes that are measured with one part quantized alone, too."""
 MODES = ("W4A4KV4", "W4A4", "W4A8KV4", "W4", "A4", "KV4")
 
@@ -72,10 +74,11 @@ def settings_of(name: str, workload: Workload) -> Settings:
         sequence_length=workload.sequence_length,
         head_bits="16",
     )
-    if "weight groups" not in name:
+    if "groups" not in name:
         return settings
-    group_size = group_sizes(workload, settings)[0]
-    return replace(settings, group_size=group_size, weight_group_size=group_size)
+    size = group_sizes(workload, settings)[0]
+    group_size = size // 2 if "fine groups" in name else size
+    return replace(settings, group_size=group_size, weight_group_size=size)
 
 
 def group_sizes(workload: Workload, settings: Settings) -> tuple[int, int]:

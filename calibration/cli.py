@@ -76,7 +76,8 @@ def quantize(
         typer.Option(help="Channels that share a scale; default 128, or 64 where it must be."),
     ] = None,
     weight_group_size: Annotated[
-        int | None, typer.Option(help="Of weight scales; default: one per output channel.")
+        int | None,
+        typer.Option(help="Of weight scales; default: one per output channel."),
     ] = None,
     basis: Annotated[
         Basis,

@@ -77,11 +77,12 @@ def plan(
         site_group = width
         if recipe.grouped:
             site_group = head_group if site.name == "attention_output" else group_size
-        if settings.weight_group_size not in (None, site_group):
+        weight_group = settings.weight_group_size
+        if weight_group and (weight_group % site_group or width % weight_group):
             raise UserError(
-                f"weight group size {settings.weight_group_size} differs from the {site_group} "
-                f"channels that share a scale at the input of {what}; pass the same number to "
-                "--group-size and --weight-group-size"
+                f"weight group size {weight_group} does not work for {what}: their {width} input "
+                f"channels must be a multiple of it, and it one of the {site_group} that share a "
+                "scale; change --weight-group-size or --group-size"
             )
         # Elsewhere the rotation is fused as a whole.
         online = site.name == "mlp_output" or (site.reads_residual and architecture.output_norms)

@@ -50,7 +50,7 @@ class Settings:
     group_size: int | None = None
     """Of activations; None: 128 where it divides, else 64."""
     weight_group_size: int | None = None
-    """Of weight scales; None: one per output channel."""
+    """Of weight scales, one or several groups of activations; None: one per output channel."""
     basis: Basis = "auto"
     """Of the residual stream; auto: the best of all on calibration tokens."""
     head_basis: HeadBasis = "principal"

@@ -80,7 +80,11 @@ def test_an_unquantized_model(checkpoint: Path) -> None:
         ({"format_version": 2}, "format version 2"),
         ({"sparsity": 0.5}, "sparsity is an unknown key"),
         ({"ignore": "lm_head"}, "ignore is wrong"),
-        ({"weights": {"bits": 4, "group_size": 32}}, "must be null or equal group_size 16 of site"),
+        ({"weights": {"bits": 4, "group_size": 24}}, "must be null or a multiple of group_size 32"),
+        (
+            {"weights": {"bits": 4, "group_size": 96}},
+            "weights.group_size 96 does not divide the 64",
+        ),
         (
             {"kv_cache": {"bits": 4, "group_size": 12, "key_rotation": True}},
             "kv_cache.group_size 12 does not divide the 16 channels",

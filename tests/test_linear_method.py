@@ -11,10 +11,10 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_offq import kernels
 from vllm_offq.errors import UserError
-from vllm_offq.format import HEAD_CODE_MAX, HeadConfig, pack_int8
+from vllm_offq.format import HEAD_CODE_MAX, HeadConfig, pack_int4, pack_int8
 from vllm_offq.kernels import ops
 from vllm_offq.linear import OffQ8BitHeadMethod, OffQLinearMethod
-from vllm_offq.quantizer import fake_quantize
+from vllm_offq.quantizer import dequantize, fake_quantize
 
 
 @pytest.fixture
@@ -58,6 +58,22 @@ def test_the_head_computes_its_eight_bit_product(dtype: torch.dtype) -> None:
     expected = (seen @ weight).to(dtype)
     bound = sums + torch.finfo(dtype).eps * expected.float().abs()
     assert ((logits.float() - expected.float()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("weight_group_size", [32, 96, 192])
+@pytest.mark.usefixtures("single_rank")
+def test_a_scale_of_several_groups(weight_group_size: int) -> None:
+    torch.manual_seed(0)
+    codes, x = torch.randint(-8, 8, (40, 192), dtype=torch.int8), torch.randn(3, 192)
+    scale = torch.rand(40, 192 // weight_group_size).half() / 100
+    site = HeadConfig(bits=8, group_size=32).site
+    layer, method = torch.nn.Module(), OffQLinearMethod(site, weight_group_size)
+    layer.prefix = "down_proj"
+    method.create_weights(layer, 192, [40], 192, 40, torch.float32, weight_loader=None)
+    layer.weight_packed.data, layer.weight_scale.data = pack_int4(codes), scale
+    method.process_weights_after_loading(layer)
+    expected = fake_quantize(x, 32, bits=8) @ dequantize(codes, scale.float()).T
+    torch.testing.assert_close(method.apply(layer, x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("single_rank")

@@ -149,9 +149,9 @@ class CheckpointConfig(_Strict):
             raise ValueError("every group_size must be even (two codes share a byte)")
         size = self.weights.group_size
         for name, site in self.sites.items():
-            if size is not None and size != site.group_size:
+            if size is not None and size % site.group_size:
                 raise ValueError(
-                    f"weights.group_size {size} must be null or equal group_size "
+                    f"weights.group_size {size} must be null or a multiple of group_size "
                     f"{site.group_size} of site {name}: a group has one scale on each side"
                 )
         return self

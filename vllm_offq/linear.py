@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import (
 from vllm_offq.errors import UserError
 from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, HeadConfig, SiteConfig
 from vllm_offq.kernels import backend, ops
+from vllm_offq.kernels.interface import Weight
 
 
 @register_weight_loader_v2_supported_method
@@ -93,7 +94,7 @@ class OffQLinearMethod(LinearMethodBase):
                 "quantize the model again"
             )
         layer.offq_out_features = layer.weight_packed.shape[0]
-        weight = backend().prepare_weight(
+        weight = prepare_weight(
             layer.weight_packed.data, layer.weight_scale.data, self.site.group_size
         )
         del layer.weight_packed
@@ -116,6 +117,18 @@ class OffQLinearMethod(LinearMethodBase):
             self.site.symmetric,
             self.site.bits,
         )
+
+
+def prepare_weight(weight_packed: Tensor, weight_scale: Tensor, group_size: int) -> Weight:
+    """The backend's form of a stored weight.
+
+    weight_packed: [N, K / 2] uint8; weight_scale: [N, 1] or [N, any] float16, each for one or
+    several groups of the input, which have group_size channels.
+    """
+    if weight_scale.shape[1] > 1:
+        num_groups = 2 * weight_packed.shape[1] // group_size
+        weight_scale = weight_scale.repeat_interleave(num_groups // weight_scale.shape[1], 1)
+    return backend().prepare_weight(weight_packed, weight_scale, group_size)
 
 
 def check_partition(

@@ -149,6 +149,7 @@ def _linear_tensors(
         _check_divides("online_hadamard", site.online_hadamard, in_features, name)
     num_scales = 1
     if config.weights.group_size is not None:
+        _check_divides("weights.group_size", config.weights.group_size, in_features, name)
         num_scales = in_features // config.weights.group_size
     return {
         f"{name}.{WEIGHT_PACKED}": TensorSpec((out_features, in_features // 2), (torch.uint8,)),

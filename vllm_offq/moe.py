@@ -11,8 +11,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_offq.errors import UserError
 from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, SiteConfig
-from vllm_offq.kernels import backend, ops
-from vllm_offq.linear import check_partition
+from vllm_offq.kernels import ops
+from vllm_offq.linear import check_partition, prepare_weight
 
 LINEARS = ("w13", "w2")
 """vLLM's names of gate and up, and of down."""
@@ -97,7 +97,7 @@ class OffQMoEMethod(FusedMoEMethodBase):
         """Each expert by prepare_weight. Returns: codes, scale, sums; [E, ...]."""
         stacked: dict[str, Tensor] = {}
         for expert, stored in enumerate(zip(packed, scales, strict=True)):
-            weight = backend().prepare_weight(*stored, group_size)
+            weight = prepare_weight(*stored, group_size)
             for part, tensor in weight._asdict().items():
                 if expert == 0:
                     stacked[part] = tensor.new_empty(len(packed), *tensor.shape)

@@ -1,5 +1,7 @@
 """Group sizes: one for the whole model, chosen or refused before any long work."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import LlamaConfig
 
@@ -57,8 +59,12 @@ def test_peers_round_whole_tokens() -> None:
         assert config.kv_cache is not None and config.kv_cache.group_size == 64
 
 
-def test_weight_groups_must_be_the_activations() -> None:
+def test_weight_groups_are_one_or_several_of_the_activations() -> None:
     settings = Settings(weight_group_size=64)
     assert plan(SMOLLM2, LLAMA, settings).weights.group_size == 64
-    with pytest.raises(UserError, match="--weight-group-size"):
+    finer = plan(LLAMA3, LLAMA, replace(settings, group_size=32))
+    assert (sizes(finer), finer.weights.group_size) == ([32, 32, 32, 32], 64)
+    with pytest.raises(UserError, match=r"64 does not work for .* 128 that share a scale"):
         plan(LLAMA3, LLAMA, settings)
+    with pytest.raises(UserError, match=r"128 does not work for .* 576 input channels"):
+        plan(SMOLLM2, LLAMA, replace(settings, weight_group_size=128))

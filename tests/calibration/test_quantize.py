@@ -130,7 +130,7 @@ def test_recipes_need_no_text_and_are_valid(recipe: str, original: Path, tmp_pat
 
 
 def test_sixteen_bit_cache_and_weight_groups(original: Path, tmp_path: Path) -> None:
-    settings = Settings(kv_bits="16", group_size=64, weight_group_size=64, **QUICK)
+    settings = Settings(kv_bits="16", group_size=32, weight_group_size=64, **QUICK)
     quantize(str(original), tmp_path / "out", settings)
     validate_checkpoint(tmp_path / "out")
     checkpoint = Checkpoint(tmp_path / "out")

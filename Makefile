@@ -14,7 +14,7 @@ demo: $(READY) ## quantize a real model, serve it, compare its answer with the o
 	$(BIN)/python -m serving.demo
 
 test: $(READY) ## run all tests, two processes at a time
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=30
 
 check: $(READY) ## lint, types and the fast tests (a few minutes)
 	$(BIN)/ruff check

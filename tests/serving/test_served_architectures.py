@@ -31,6 +31,8 @@ pytestmark = pytest.mark.slow
 SERVED = [*FAMILIES, *MODELS]
 ENDS = {"Gemma2": ("8", "16"), "Mixtral": ("8", "16"), "Mistral": ("4", "4"), "Qwen3": ("4", "4")}
 """Bits of head and embedding, else 8; vLLM asks no quantization method for two embeddings."""
+GROUPS = {"Qwen2": (32, 64), "Qwen3-MoE": (32, 64)}
+"""Channels that share a scale in activations and in weights, else the defaults."""
 EXACT = 1e-4
 SHORT = [[(31 * i + 13 * j) % 400 + 2 for j in range(10)] for i in range(24)]
 LONG = [(7 + 13 * j) % 400 + 2 for j in range(110)]
@@ -48,10 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             make_tiny(source, family)
         head_bits, embedding_bits = ENDS.get(family, ("8", "8"))
+        group_size, weight_group_size = GROUPS.get(family, (None, None))
         settings = Settings(
             samples=4,
             sequence_length=64,
             dtype="float32",
+            group_size=group_size,
+            weight_group_size=weight_group_size,
             head_bits=head_bits,  # type: ignore[arg-type]
             embedding_bits=embedding_bits,  # type: ignore[arg-type]
         )

@@ -77,7 +77,9 @@ def quantize(
     ] = None,
     weight_group_size: Annotated[
         int | None,
-        typer.Option(help="Of weight scales; default: one per output channel."),
+        typer.Option(
+            help="Of weight scales: the group size or a multiple; default: one per output channel."
+        ),
     ] = None,
     basis: Annotated[
         Basis,

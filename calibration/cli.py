@@ -127,7 +127,8 @@ def quantize(
     ] = "16",
     dtype: Annotated[DTypeName, typer.Option(help="Of what stays unquantized.")] = "auto",
     device: Annotated[
-        str, typer.Option(help="What computes: cpu, cuda or cuda:N; a block must fit.")
+        str,
+        typer.Option(help="What computes: cpu, cuda, cuda:N or auto (all GPUs); a block must fit."),
     ] = "cpu",
     seed: Annotated[int, typer.Option(help="Same seed, same input, same bytes.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT at the end.")] = False,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import set_module_tensor_to_device
 from gguf import GGUFReader
 from huggingface_hub import snapshot_download
@@ -26,12 +27,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from calibration.architectures import Architecture, find_architecture
+from calibration.devices import CPU, device_of, dispatch, places
 from calibration.experts import separate_experts
 from calibration.multimodal import Surroundings, plain_name, surroundings
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
 from vllm_offq.errors import UserError
 
-CPU = torch.device("cpu")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
@@ -48,8 +49,8 @@ class Original:
     architecture: Architecture
     dtype: torch.dtype
     """The dtype of the original's weights."""
-    device: torch.device = CPU
-    """Where what is loaded goes, and therefore computes."""
+    devices: tuple[torch.device, ...] = (CPU,)
+    """Where what is loaded goes, and therefore computes: the first, or all for the whole model."""
     surroundings: Surroundings | None = None
     """What is around the language model, in a multimodal class."""
 
@@ -57,6 +58,11 @@ class Original:
     def class_name(self) -> str:
         """Hugging Face class of the whole."""
         return (self.surroundings.wrapper if self.surroundings else self.architecture).name
+
+    @property
+    def device(self) -> torch.device:
+        """Where a block computes."""
+        return self.devices[0]
 
     @property
     def num_layers(self) -> int:
@@ -99,15 +105,23 @@ class Original:
         Raises: UserError naming a tensor that is missing, of another shape or not finite.
         """
         modules = [self.model.get_submodule(path) for path in paths]
+        devices = self.devices if "" in paths else self.devices[:1]
+        where = places(self.model, self.architecture, devices)
         try:
             for path, module in zip(paths, modules, strict=True):
                 # Tied parameters are listed twice: each place gets its own.
                 for name, parameter in module.named_parameters(remove_duplicate=False):
-                    stored = self._stored_name(f"{path}.{name}".lstrip("."))
+                    full = f"{path}.{name}".lstrip(".")
+                    stored = self._stored_name(full)
                     value = checked(stored, self.weights.load(stored), parameter.shape)
-                    set_module_tensor_to_device(module, name, self.device, value, torch.float32)
+                    device = device_of(full, where)
+                    set_module_tensor_to_device(module, name, device, value, torch.float32)
+            if len(devices) > 1:
+                dispatch(self.model, self.architecture, devices)
             yield modules
         finally:
+            if len(devices) > 1:
+                remove_hook_from_submodules(self.model)
             for module in modules:
                 for name, _ in list(module.named_parameters(remove_duplicate=False)):
                     set_module_tensor_to_device(module, name, "meta")
@@ -125,24 +139,8 @@ class Original:
         return self.architecture.stored(name)
 
 
-def usable_device(name: str) -> torch.device:
-    """What --device names. Raises: UserError if it is no device, or not here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; choose cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs "
-            "here; install one of its builds for GPUs, or leave --device out"
-        )
-    return device
-
-
-def load_original(source: str, device: torch.device = CPU) -> Original:
-    """Open a model for calibration on a device. Code from the checkpoint is never run.
+def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Original:
+    """Open a model for calibration on devices. Code from the checkpoint is never run.
 
     Raises: UserError if source is no model, of an unsupported architecture, quantized already
     (GGUF files excepted: they are dequantized, in memory as a whole), or damaged.
@@ -172,7 +170,7 @@ def load_original(source: str, device: torch.device = CPU) -> Original:
             weights = LoadedWeights(model.state_dict())
         else:
             weights = ShardedWeights(Path(folder), plain_name if around else str)
-        skeleton = _skeleton(config, architecture, device)
+        skeleton = _skeleton(config, architecture, devices[0])
     except UserError:
         raise
     except Exception as error:
@@ -188,7 +186,7 @@ def load_original(source: str, device: torch.device = CPU) -> Original:
         tokenizer=tokenizer,
         architecture=architecture,
         dtype=torch.float32 if gguf else weights.load(f"{architecture.embedding}.weight").dtype,
-        device=device,
+        devices=devices,
         surroundings=around,
     )
 

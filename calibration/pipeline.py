@@ -12,10 +12,11 @@ import vllm_offq
 from calibration.clipping import clipped
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
+from calibration.devices import CPU, usable_devices
 from calibration.ends import head_inputs, write_embedding, write_head
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head, fuse_rows
 from calibration.instrument import BlockInputs, block_inputs, instrument
-from calibration.loader import CPU, Original, load_original, usable_device
+from calibration.loader import Original, load_original
 from calibration.model_card import model_card
 from calibration.plan import expected_bytes, plan, stored_dtype
 from calibration.progress import Progress, no_progress
@@ -50,7 +51,7 @@ def quantize(
     """Quantize a model to an OffQ checkpoint, holding one decoder block at a time in memory.
 
     source: Hugging Face folder, hub id or GGUF file; out: the new folder, written atomically;
-    device: what computes, such as "cuda:1".
+    device: what computes, such as "cuda:1"; "auto": all GPUs where the whole model does.
     resume: go on with an interrupted run to `out` (True), discard it (False), or refuse (None).
     Raises: UserError, one sentence, for anything that the caller can put right; nothing is
     written then.
@@ -64,7 +65,7 @@ def quantize(
         )
     CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     with progress("opening the model", 1):
-        original = load_original(source, usable_device(device))
+        original = load_original(source, usable_devices(device))
     rest, prefix = (REST, PREFIX) if original.surroundings else ((), "")
     config = plan(original.model.config, original.architecture, settings, rest)
     dtype = stored_dtype(settings, original)

@@ -50,7 +50,7 @@ def refine(
     count = max(1, len(tokens) // HELD_ASIDE)
     held_aside, tokens = tokens[:count], tokens[count:]
     batch_size = max(1, BATCH_TOKENS // tokens.shape[1])
-    model = simulated_model(original.model.config, config, tensors, original.device)
+    model = simulated_model(original.model.config, config, tensors, original.devices)
     instrument(original.model, architecture)  # forgets what quantizing has set in it
 
     def judge() -> float:

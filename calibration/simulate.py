@@ -21,10 +21,11 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from calibration.architectures import find_architecture
+from calibration.devices import CPU, dispatch
 from calibration.experts import separate_experts
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
-from calibration.instrument import OffQLinear, attention_state, instrument, layers_of
-from calibration.loader import CPU, Original
+from calibration.instrument import OffQLinear, attention_state, instrument, layers_of, to_device
+from calibration.loader import Original
 from calibration.multimodal import plain_name, surroundings
 from calibration.rotations import Rotations
 from vllm_offq.checkpoint import Checkpoint
@@ -88,7 +89,7 @@ def simulated_model(
     hf_config: PreTrainedConfig,
     config: CheckpointConfig,
     tensors: Mapping[str, Tensor],
-    device: torch.device = CPU,
+    devices: tuple[torch.device, ...] = (CPU,),
 ) -> PreTrainedModel:
     """The model of a checkpoint's tensors, by name, in float32 with its grids on."""
     hf_config = deepcopy(hf_config)
@@ -115,11 +116,11 @@ def simulated_model(
     if architecture.layout.head_is_embedding:
         loaded[f"{architecture.head}.weight"] = loaded[f"{architecture.embedding}.weight"]
     model.load_state_dict(loaded)
-    model.to(device)
     if config.head is not None:
         head = OffQLinear(model.get_submodule(architecture.head))
         head.grid = config.head.site
         model.set_submodule(architecture.head, head)
+    dispatch(model, architecture, devices)
     for index, layer in enumerate(layers_of(model, architecture)):
         for site in architecture.sites:
             for module_path in site.modules:
@@ -131,5 +132,6 @@ def simulated_model(
             state.kv_group_size = config.kv_cache.group_size
             if config.kv_cache.key_rotation:
                 path = f"{architecture.layers}.{index}.{architecture.attention}"
-                state.key_rotation = tensors[f"{path}.attn.{KEY_ROTATION}"].float().to(device)
+                rotation = tensors[f"{path}.attn.{KEY_ROTATION}"].float()
+                state.key_rotation = to_device(rotation, layer)
     return model

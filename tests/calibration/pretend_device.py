@@ -1,10 +1,11 @@
-"""A device for tests on machines without one: tensors that say they are elsewhere.
+"""Devices for tests on machines without any: tensors that say they are elsewhere.
 
 Their values are in the CPU's memory all the same, and what is asked of them is computed there. What
-a GPU would refuse is refused: an operation on tensors from both places. Importing this module
-registers the device for the whole process.
+a GPU would refuse is refused: an operation on tensors from two places. Importing this module
+registers the devices for the whole process.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,29 +15,35 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("pretend")
-DEVICE = torch.device("pretend:0")
+DEVICES = (torch.device("pretend:0"), torch.device("pretend:1"))
 CROSSES = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
-"""What may be given tensors from both places."""
+"""What may be given tensors from two places."""
 INDEXES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 """Whose indices may be on the CPU."""
 ATTENTION_KIND = "aten::_fused_sdp_choice"
 PLAIN_ATTENTION = 0
 
-computed: list[str] = []
-"""Names of the operations on the device."""
+computed: list[tuple[str, torch.device]] = []
+"""Names of the operations on the devices, and where."""
 
 
 class Elsewhere(Tensor):
-    """A tensor on DEVICE."""
+    """A tensor on one of DEVICES."""
 
     here: Tensor
 
     @staticmethod
-    def __new__(cls, here: Tensor, requires_grad: bool | None = None) -> Tensor:
+    def __new__(
+        cls,
+        here: Tensor,
+        requires_grad: bool | None = None,
+        *,
+        there: torch.device = DEVICES[0],
+    ) -> Tensor:
         if requires_grad is not None:  # accelerate makes a parameter like the one before
             return torch.nn.Parameter(here, requires_grad)
         found: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=DEVICE
+            cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=there
         )
         found.here = here
         return found
@@ -49,35 +56,35 @@ class Elsewhere(Tensor):
 
 
 def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """The fallback of every operation that a tensor of the device takes part in."""
+    """The fallback of every operation that a tensor of the devices takes part in."""
     schema = func._schema
-    computed.append(schema.name)
     leaves = tree_leaves(args[:1] if schema.name in INDEXES else (args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    elsewhere = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
     # A single number is let through, as GPUs do.
-    here = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
-    if elsewhere and here and schema.name not in CROSSES:
+    devices = {x.device for x in tensors if x.ndim or isinstance(x, Elsewhere)}
+    if len(devices) > 1 and schema.name not in CROSSES:
         raise RuntimeError(f"{func} was given tensors of two devices")
     if schema.name == ATTENTION_KIND:
         return PLAIN_ATTENTION
-    asked = kwargs.get("device")
-    goes = bool(elsewhere)
-    if asked is not None:
-        goes = torch.device(asked).type == DEVICE.type
-        kwargs = kwargs | {"device": torch.device("cpu") if goes else asked}
+    there = next((x.device for x in tensors if isinstance(x, Elsewhere)), None)
+    if there is not None:
+        computed.append((schema.name, there))
+    if kwargs.get("device") is not None:
+        asked = torch.device(kwargs["device"])
+        there = asked if asked.type == DEVICES[0].type else None
+        kwargs = kwargs | {"device": torch.device("cpu") if there else asked}
     result = func(*tree_map(_here, args), **tree_map(_here, kwargs))
     if schema.is_mutable:
         return kwargs.get("out", args[0])
-    return tree_map(_there, result) if goes else result
+    return tree_map(partial(_there, there), result) if there else result
 
 
 def _here(x: Any) -> Any:
     return x.here if isinstance(x, Elsewhere) else x
 
 
-def _there(x: Any) -> Any:
-    return Elsewhere(x) if isinstance(x, Tensor) else x
+def _there(device: torch.device, x: Any) -> Any:
+    return Elsewhere(x, there=device) if isinstance(x, Tensor) else x
 
 
 _library = torch.library.Library("_", "IMPL")
@@ -85,7 +92,7 @@ _library.fallback(_compute, "PrivateUse1")
 
 
 class FromNumbers(TorchFunctionMode):
-    """While it is entered `torch.tensor` can make tensors of the device, too."""
+    """While it is entered `torch.tensor` can make tensors of the devices, too."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,7 +1,11 @@
-"""`--device`: the work is done there, nothing is mixed, and the result is as good as the CPU's."""
+"""`--device`: the work is done there, nothing is mixed, and the result is as good as the CPU's.
+
+Two devices that only pretend share the whole model where it is needed.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -11,10 +15,11 @@ import pytest
 import torch
 from tiny_experts import make_tiny_experts
 from tiny_models import make_tiny
+from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AutoModelForCausalLM
 
 from calibration.data_sources import SELF
-from calibration.loader import usable_device
+from calibration.devices import usable_devices
 from calibration.pipeline import quantize
 from calibration.settings import Settings
 from calibration.simulate import load_simulated
@@ -22,19 +27,22 @@ from vllm_offq.checkpoint import validate_checkpoint
 from vllm_offq.errors import UserError
 
 SCRIPT = Path(__file__).with_name("quantize_elsewhere.py")
+GUARD = Path(__file__).with_name("pretend_guard.cpp")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gpu", "--device gpu is not supported; choose cpu, cuda or cuda:N"),
+        ("gpu", r"--device gpu is not supported; choose cpu, cuda, cuda:N or auto"),
         ("xpu", "--device xpu is not supported"),
         ("cuda:99", r"--device cuda:99: PyTorch .* sees \d+ GPUs here"),
+        pytest.param("auto", "--device auto: PyTorch .* sees 0 GPUs here", marks=without_gpu),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(name: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        usable_device(name)
+        usable_devices(name)
 
 
 def make(folder: Path) -> list[tuple[str, str, Settings]]:
@@ -73,19 +81,30 @@ def assert_as_good(runs: list[tuple[str, str, Settings]]) -> None:
         assert elsewhere < 1.1 * here, model
 
 
+@pytest.fixture
+def guard(tmp_path: Path) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine, and the pretended devices need it")
+    library = tmp_path / "guard.so"
+    folders = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", GUARD, *folders, "-lc10", "-o", library]
+    subprocess.run(command, check=True)
+    return library
+
+
 @torch.no_grad()
-def test_a_device_computes_as_well_as_the_cpu(tmp_path: Path) -> None:
+def test_devices_compute_as_well_as_the_cpu(tmp_path: Path, guard: Path) -> None:
     runs = make(tmp_path)
     asked = json.dumps([(model, out, asdict(settings)) for model, out, settings in runs])
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
-    subprocess.run([sys.executable, SCRIPT, asked], check=True, env=environment)
+    subprocess.run([sys.executable, SCRIPT, guard, asked], check=True, env=environment)
     assert_as_good(runs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
 @torch.no_grad()
-def test_a_gpu_computes_as_well_as_the_cpu(tmp_path: Path) -> None:
+def test_gpus_compute_as_well_as_the_cpu(tmp_path: Path) -> None:
     runs = make(tmp_path)
     for model, out, settings in runs:
-        quantize(model, out, settings, device="cuda")
+        quantize(model, out, settings, device="auto")
     assert_as_good(runs)

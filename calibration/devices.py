@@ -1,0 +1,72 @@
+"""What computes: one device for a block at a time, all of them for a whole model."""
+
+import torch
+from accelerate import dispatch_model
+from torch import nn
+
+from calibration.architectures import Architecture
+from vllm_offq.errors import UserError
+
+CPU = torch.device("cpu")
+ALL = "auto"
+"""Name of all GPUs together."""
+
+
+def usable_devices(name: str) -> tuple[torch.device, ...]:
+    """What --device names; the first computes wherever one is enough.
+
+    Raises: UserError if it is no device, or not here.
+    """
+    count = torch.cuda.device_count()
+    if name == ALL and count:
+        return tuple(torch.device("cuda", index) for index in range(count))
+    try:
+        device = torch.device("cuda" if name == ALL else name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"--device {name} is not supported; choose cpu, cuda, cuda:N or {ALL} (all GPUs)"
+        )
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} sees {count} GPUs here; install one of "
+            "its builds for GPUs, or leave --device out"
+        )
+    return (device,)
+
+
+def places(
+    model: nn.Module, architecture: Architecture, devices: tuple[torch.device, ...]
+) -> dict[str, torch.device]:
+    """Of every part of a model, by its path: blocks in equal runs, what is after them at the end.
+
+    Equal runs suit blocks that are all of one size; what is before them is with the first.
+    """
+    decoder = architecture.layers.rpartition(".")[0]
+    found = {
+        f"{decoder}.{name}": devices[0]
+        for name, _ in model.get_submodule(decoder).named_children()
+        if f"{decoder}.{name}" != architecture.layers
+    }
+    blocks = [name for name, _ in model.get_submodule(architecture.layers).named_children()]
+    found |= {
+        f"{architecture.layers}.{name}": devices[number * len(devices) // len(blocks)]
+        for number, name in enumerate(blocks)
+    }
+    return found | {architecture.final_norm: devices[-1], architecture.head: devices[-1]}
+
+
+def device_of(parameter: str, places: dict[str, torch.device]) -> torch.device:
+    """Where a parameter's part is, by its name."""
+    return next(device for place, device in places.items() if parameter.startswith(f"{place}."))
+
+
+def dispatch(
+    model: nn.Module, architecture: Architecture, devices: tuple[torch.device, ...]
+) -> None:
+    """Move a model to devices, where each part computes on what comes from the last one."""
+    if len(devices) == 1:
+        model.to(devices[0])
+    else:
+        dispatch_model(model, places(model, architecture, devices), main_device=devices[0])

@@ -88,7 +88,7 @@ def compute_rotations(
     """
     rotation = RECIPES[settings.recipe].rotation
     if rotation == "none":
-        return Rotations()
+        return Rotations(residual_gains=statistics.gains, final_gains=statistics.final_gains)
     online = config.sites["attention_input"].online_hadamard
     if rotation == "hadamard":
         rotations = hadamard_rotations(statistics, settings.seed, online=online is not None)
@@ -178,7 +178,8 @@ def _head_rotations(moments: Tensor, group_size: int, head_basis: HeadBasis) -> 
 def hadamard_rotations(statistics: Statistics, seed: int, online: bool = False) -> Rotations:
     """QuaRot: a randomised Hadamard over the whole width at every place (heads: over a head).
 
-    online: that of the residual stream is done before each linear, and is not randomised.
+    online: that of the residual stream is done before each linear, and is not randomised. Norms
+    that may keep gains keep the original's.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -190,6 +191,8 @@ def hadamard_rotations(statistics: Statistics, seed: int, online: bool = False) 
     head = hadamard(head_size)
     return Rotations(
         residual=None if online else signs(hidden_size)[:, None] * hadamard(hidden_size),
+        residual_gains=statistics.gains,
+        final_gains=statistics.final_gains,
         residual_block_size=hidden_size if online else None,
         keys=signs(layers, num_heads, head_size)[..., None] * head,
         values=signs(layers, num_heads, head_size)[..., None] * head,

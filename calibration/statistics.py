@@ -31,13 +31,17 @@ class Statistics:
     """[n, n] float64, likewise of the first tokens, which models use as a sink of attention."""
     input_energy: Tensor
     """[L, 2, n] float64, the diagonal of residual by layer, for attention and MLP."""
+    gains: Tensor | None
+    """[L, 2, n] float64, of the norms before them; None where no norm may keep gains."""
     weight_energy: Tensor | None
     """[L, 2, n] float64: sum of squares of each column of what reads them, gains folded in; None
     where no norm may keep gains."""
     final_energy: Tensor
     """[n] float64, likewise of what reaches the final norm's gain, all tokens."""
+    final_gains: Tensor | None
+    """[n] float64, of the norm before the head; None where it may keep none."""
     head_energy: Tensor | None
-    """[n] float64, likewise of the head; None where its norm may keep no gains."""
+    """[n] float64, as weight_energy, of the head; None where its norm may keep no gains."""
     keys: Tensor
     """[L, H_kv, D, D] float64, after RoPE."""
     values: Tensor
@@ -72,8 +76,10 @@ def collect(
         residual=zeros(hidden_size, hidden_size),
         first=zeros(hidden_size, hidden_size),
         input_energy=zeros(num_layers, 2, hidden_size),
+        gains=zeros(num_layers, 2, hidden_size) if architecture.keeps_gains else None,
         weight_energy=zeros(num_layers, 2, hidden_size) if architecture.keeps_gains else None,
         final_energy=zeros(hidden_size),
+        final_gains=None,
         head_energy=None,
         keys=zeros(*heads),
         values=zeros(*heads),
@@ -119,7 +125,8 @@ def collect(
                         weight: Tensor = layer.get_submodule(site.norm).weight  # type: ignore[assignment]
                         gain = weight + architecture.gain_offset
                         divisor = invertible(gain)
-                        if statistics.weight_energy is not None:
+                        if statistics.gains is not None and statistics.weight_energy is not None:
+                            statistics.gains[reading] = gain
                             linears = map(layer.get_submodule, site.modules)
                             statistics.weight_energy[reading] += _energy(linears, gain)
                     observe = partial(observe_residual, reading, divisor)
@@ -147,8 +154,9 @@ def collect(
     statistics.top_tokens = torch.cat(top_tokens)
     if architecture.keeps_final_gains:
         with original.loaded(architecture.final_norm, architecture.head) as (norm, head):
-            weight = norm.get_parameter("weight")
-            statistics.head_energy = _energy([head], weight + architecture.gain_offset)
+            gains = norm.get_parameter("weight") + architecture.gain_offset
+            statistics.final_gains = gains.double()
+            statistics.head_energy = _energy([head], gains)
         for batch in inputs.hidden:
             squares = _normed(batch.to(original.device)).double().square()
             statistics.final_energy += squares.flatten(0, -2).sum(0)

@@ -1,6 +1,7 @@
 """Shared by all tests. Being here, it also puts this folder on the import path for pytest."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # libraries read it when they are imported
@@ -33,3 +34,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return SERVING if nodeid.startswith(SERVING) else nodeid.partition("::")[0]
 
     return Scheduling(config, log)
+
+
+@pytest.fixture
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The reference's kernels are those of this test."""
+    from vllm_offq import kernels
+
+    monkeypatch.setenv(kernels.OVERRIDE, "reference")
+    kernels.backend.cache_clear()
+    yield
+    kernels.backend.cache_clear()

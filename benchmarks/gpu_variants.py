@@ -87,7 +87,7 @@ def _gemms(gpu: Gpu) -> Iterator[Variant]:
     for tokens, tile in CONFIGS[gpu.tensor_core].items():
         config = replace(tile, split_k=8 if tokens == 16 else 1)
         up_to = "more" if tokens is None else str(tokens)
-        for group_size, scale_per_group in (128, False), (128, True), (64, False):
+        for group_size, scale_per_group in (128, False), (128, True), (64, False), (32, True):
             scales = ", weight scales" if scale_per_group else ""
             name = f"gemm {up_to} tokens, groups of {group_size}{scales}"
             yield _gemm(name, gpu, config, group_size, scale_per_group)

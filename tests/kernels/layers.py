@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_offq.format import pack_int4
@@ -87,6 +88,28 @@ class Layer:
         if self.bias is not None:
             terms += self.bias.double().abs()
         return 2 * (2 * q.shape[1] + 4) * 2.0**-24 * terms
+
+
+@st.composite
+def layers(draw: st.DrawFn, most_tokens: int) -> tuple[Layer, Tensor]:
+    """Any layer, and an input of it, [T, K]."""
+    num_groups, group_size = draw(st.integers(1, 5)), draw(st.sampled_from(GROUP_SIZES))
+    tokens, outputs = draw(st.integers(0, most_tokens)), draw(st.integers(1, 150))
+    dtype = draw(st.sampled_from(FLOATS))
+    rounding = {
+        "clip_ratio": draw(st.sampled_from([1.0, 0.9, 0.51])),
+        "symmetric": draw(st.booleans()),
+        "bits": draw(st.sampled_from([4, 8])),
+    }
+    scale_per_group, has_bias = draw(st.booleans()), draw(st.booleans())
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    layer = Layer.random(outputs, num_groups, group_size, **rounding)
+    if scale_per_group:
+        layer.scale = torch.rand(outputs, num_groups).half()
+    if has_bias:
+        layer.bias = torch.randn(outputs).to(dtype)
+    x = torch.randn(tokens, num_groups * group_size) + torch.randn(tokens, 1)
+    return layer, x.to(dtype)
 
 
 def assert_close(actual: Tensor, expected: Tensor, error: Tensor) -> None:

@@ -8,8 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from layers import FLOATS, GROUP_SIZES, Grid, Layer, assert_close
+from layers import FLOATS, GROUP_SIZES, Grid, Layer, assert_close, layers
 from parallel import at_once, openmp_threads
 from torch import Tensor
 
@@ -30,42 +29,10 @@ def assert_same_codes(kernels: ModuleType, grid: Grid, x: Tensor) -> None:
     assert torch.equal(steps.round().flatten(1), codes.float())
 
 
-@given(
-    tokens=st.integers(0, 300),
-    outputs=st.integers(1, 150),
-    num_groups=st.integers(1, 5),
-    group_size=st.sampled_from(GROUP_SIZES),
-    scale_per_group=st.booleans(),
-    clip_ratio=st.sampled_from([1.0, 0.9, 0.51]),
-    symmetric=st.booleans(),
-    bits=st.sampled_from([4, 8]),
-    has_bias=st.booleans(),
-    dtype=st.sampled_from(FLOATS),
-    seed=st.integers(0, 2**16),
-)
+@given(case=layers(300))
 @settings(max_examples=150, deadline=None)
-def test_any_layer(
-    kernels: ModuleType,
-    tokens: int,
-    outputs: int,
-    num_groups: int,
-    group_size: int,
-    scale_per_group: bool,
-    clip_ratio: float,
-    symmetric: bool,
-    bits: int,
-    has_bias: bool,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    rounding = {"clip_ratio": clip_ratio, "symmetric": symmetric, "bits": bits}
-    layer = Layer.random(outputs, num_groups, group_size, **rounding)
-    if scale_per_group:
-        layer.scale = torch.rand(outputs, num_groups).half()
-    if has_bias:
-        layer.bias = torch.randn(outputs).to(dtype)
-    x = (torch.randn(tokens, num_groups * group_size) + torch.randn(tokens, 1)).to(dtype)
+def test_any_layer(kernels: ModuleType, case: tuple[Layer, Tensor]) -> None:
+    layer, x = case
     assert_close(layer.run(kernels, x), layer.run(reference, x), layer.sum_error(x))
 
 

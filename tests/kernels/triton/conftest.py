@@ -1,6 +1,9 @@
 """Where Triton interprets, as tests/kernels/test_triton.py has it, or on a GPU."""
 
+from types import ModuleType
+
 import numpy as np
+import pytest
 import torch
 from triton import knobs
 
@@ -11,3 +14,10 @@ if on_gpu:
     torch.set_default_device("cuda")
 
 np.seterr(all="ignore")  # as a GPU does; the interpreter calculates with numpy
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    from vllm_offq.kernels import triton
+
+    return triton

@@ -9,6 +9,7 @@ import torch
 from expert_layers import ROUTINGS, Experts, route
 from layers import FLOATS, assert_close
 from torch import Tensor
+from triton_tiles import SMALL, always
 
 from vllm_offq.kernels import reference, triton
 from vllm_offq.kernels.triton import gemm_config, target
@@ -19,23 +20,11 @@ from vllm_offq.kernels.triton.sort_slots import most_tiles, sort_slots
 module = sys.modules["vllm_offq.kernels.triton.experts"]
 expert_gemm = sys.modules["vllm_offq.kernels.triton.expert_gemm"]
 
-SMALL = GemmConfig(16, 32, num_warps=4, num_stages=1)
-"""Several tiles where a real configuration has one."""
-
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[GemmConfig], None]:
     """Have experts of any size computed in one way."""
-
-    def use(config: GemmConfig) -> None:
-        def always(*arguments: int) -> GemmConfig:
-            *_, group_size, bits = arguments
-            step = gemm_config.block_k(group_size)
-            return replace(config, block_k=step, wide=config.wide or bits == 8)
-
-        monkeypatch.setattr(module, "expert_gemm_config", always)
-
-    return use
+    return lambda config: monkeypatch.setattr(module, "expert_gemm_config", always(config))
 
 
 def assert_same(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:

@@ -8,10 +8,10 @@ from math import inf, lcm, nan
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from layers import FLOATS, GROUP_SIZES, Grid, Layer, any_layout, assert_close
+from layers import FLOATS, GROUP_SIZES, Grid, Layer, any_layout, assert_close, layers
 from torch import Tensor
 from triton_codes import assert_same_codes
+from triton_tiles import SMALL, always
 
 from vllm_offq.format import unpack_int4
 from vllm_offq.kernels import reference, triton
@@ -25,23 +25,11 @@ from vllm_offq.rotation import hadamard
 gemm = sys.modules["vllm_offq.kernels.triton.gemm"]
 linear = sys.modules["vllm_offq.kernels.triton.linear"]
 
-SMALL = GemmConfig(16, 32, num_warps=4, num_stages=1)
-"""Several tiles where a real configuration has one."""
-
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[GemmConfig], None]:
     """Have layers of any size computed in one way."""
-
-    def use(config: GemmConfig) -> None:
-        def always(*arguments: int) -> GemmConfig:
-            *_, group_size, bits = arguments
-            step = gemm_config.block_k(group_size)
-            return replace(config, block_k=step, wide=config.wide or bits == 8)
-
-        monkeypatch.setattr(linear, "gemm_config", always)
-
-    return use
+    return lambda config: monkeypatch.setattr(linear, "gemm_config", always(config))
 
 
 def assert_same(layer: Layer, x: Tensor) -> None:
@@ -50,42 +38,10 @@ def assert_same(layer: Layer, x: Tensor) -> None:
     assert_close(layer.run(triton, x), layer.run(reference, x), error)
 
 
-@given(
-    tokens=st.integers(0, 140),
-    outputs=st.integers(1, 150),
-    num_groups=st.integers(1, 5),
-    group_size=st.sampled_from(GROUP_SIZES),
-    scale_per_group=st.booleans(),
-    clip_ratio=st.sampled_from([1.0, 0.9, 0.51]),
-    symmetric=st.booleans(),
-    bits=st.sampled_from([4, 8]),
-    has_bias=st.booleans(),
-    dtype=st.sampled_from(FLOATS),
-    seed=st.integers(0, 2**16),
-)
+@given(case=layers(140))
 @settings(max_examples=40, deadline=None)
-def test_any_layer(
-    tokens: int,
-    outputs: int,
-    num_groups: int,
-    group_size: int,
-    scale_per_group: bool,
-    clip_ratio: float,
-    symmetric: bool,
-    bits: int,
-    has_bias: bool,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    rounding = {"clip_ratio": clip_ratio, "symmetric": symmetric, "bits": bits}
-    layer = Layer.random(outputs, num_groups, group_size, **rounding)
-    if scale_per_group:
-        layer.scale = torch.rand(outputs, num_groups).half()
-    if has_bias:
-        layer.bias = torch.randn(outputs).to(dtype)
-    x = (torch.randn(tokens, num_groups * group_size) + torch.randn(tokens, 1)).to(dtype)
-    assert_same(layer, x)
+def test_any_layer(case: tuple[Layer, Tensor]) -> None:
+    assert_same(*case)
 
 
 @pytest.mark.parametrize("split_k", [1, 5])

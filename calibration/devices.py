@@ -54,7 +54,9 @@ def places(
         f"{architecture.layers}.{name}": devices[number * len(devices) // len(blocks)]
         for number, name in enumerate(blocks)
     }
-    return found | {architecture.final_norm: devices[-1], architecture.head: devices[-1]}
+    # A head that is the embedding is one tensor with it.
+    last = devices[0 if architecture.layout.head_is_embedding else -1]
+    return found | {architecture.final_norm: last, architecture.head: last}
 
 
 def device_of(parameter: str, places: dict[str, torch.device]) -> torch.device:

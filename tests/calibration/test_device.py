@@ -52,6 +52,7 @@ def make(folder: Path) -> list[tuple[str, str, Settings]]:
     small = Settings(samples=2, sequence_length=64, calibration=(str(text),))
     runs = {
         "Qwen2": replace(small, gptq_inputs="corrected", refine=2),
+        "Gemma2": replace(small, refine=1),  # whose head is its embedding
         "Gemma3": replace(small, head_bits="4", embedding_bits="4"),
         "Mixtral": replace(small, recipe="quarot", calibration=(SELF,)),
     }

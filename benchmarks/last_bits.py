@@ -4,7 +4,7 @@
 
 Which of 16 codes an activation becomes may hang on its last bit, and a step of one code is many
 last bits in the layers after. Dtypes, instruction sets and numbers of threads or ranks differ in
-last bits; here one millionth is added to every embedding of the simulated model.
+last bits; here every embedding of the simulated model is a millionth larger.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ def main(
     cut = cut_windows(prompt_start(tokenizer), ids["input_ids"], window_length)
     tokens = torch.tensor(cut[:windows])
     console = Console(width=100, highlight=False)
-    table = Table(title=f"{checkpoint.name}: {len(tokens)} windows of {window_length} tokens")
+    table = Table(title=f"{Path(model).name}: {len(tokens)} windows of {window_length} tokens")
     for column in ("what", "KL of it", "top-1", "perplexity"):
         table.add_column(column)
     with TemporaryDirectory() as folder:

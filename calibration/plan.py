@@ -121,7 +121,7 @@ def plan(
     if settings.kv_bits == "4":
         kv_cache = KVCacheConfig(
             bits=4,
-            group_size=head_group,
+            group_size=_cache_group_size(dim, head_group),
             key_rotation=recipe.rotation != "none",
         )
     return CheckpointConfig(
@@ -210,3 +210,12 @@ def _head_group_size(dim: int, group_size: int) -> int:
             f"choose --group-size from {[size for size in POSSIBLE_SIZES if dim % size == 0]}"
         )
     return group
+
+
+def _cache_group_size(dim: int, head_group: int) -> int:
+    """Of keys and values: half a head at least, the Triton kernels know no smaller ones.
+
+    A multiple of head_group, so that what a group has in common is common in all of o_proj's too.
+    """
+    sizes = (head_group, dim // 2, dim)
+    return next(size for size in sizes if dim <= 2 * size and size % head_group == 0)

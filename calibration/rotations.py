@@ -90,13 +90,14 @@ def compute_rotations(
     if rotation == "none":
         return Rotations(residual_gains=statistics.gains, final_gains=statistics.final_gains)
     online = config.sites["attention_input"].online_hadamard
+    heads = config.kv_cache or config.sites["attention_output"]
     if rotation == "hadamard":
         rotations = hadamard_rotations(statistics, settings.seed, online=online is not None)
     else:
         rotations = principal_rotations(
             statistics,
             group_size=config.sites["attention_input"].group_size,
-            head_group_size=config.sites["attention_output"].group_size,
+            head_group_size=heads.group_size,
             down_group_size=config.sites["mlp_output"].group_size,
             online=online is not None,
             head_basis=settings.head_basis,

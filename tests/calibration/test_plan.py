@@ -51,6 +51,20 @@ def test_offq_groups_by_the_default_size_and_heads_by_theirs() -> None:
     assert cache is not None and cache.group_size == 128
 
 
+@pytest.mark.parametrize(
+    ("dim", "group_size", "cache_group_size"),
+    [(64, 32, 32), (64, 16, 32), (128, 64, 64), (128, 32, 64), (96, 16, 48), (96, 32, 96)],
+)
+def test_caches_have_groups_of_half_a_head_at_least(
+    dim: int, group_size: int, cache_group_size: int
+) -> None:
+    model = LlamaConfig(hidden_size=4 * dim, intermediate_size=512, head_dim=dim)
+    model.num_attention_heads, model.num_key_value_heads = 4, 2
+    config = plan(model, LLAMA, Settings(group_size=group_size))
+    assert config.kv_cache is not None and config.kv_cache.group_size == cache_group_size
+    assert config.sites["attention_output"].group_size == group_size
+
+
 def test_peers_round_whole_tokens() -> None:
     for recipe in ("quarot", "rtn"):
         config = plan(SMOLLM2, LLAMA, Settings(recipe=recipe))

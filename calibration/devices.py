@@ -64,11 +64,10 @@ def device_of(parameter: str, places: dict[str, torch.device]) -> torch.device:
     return next(device for place, device in places.items() if parameter.startswith(f"{place}."))
 
 
-def dispatch(
-    model: nn.Module, architecture: Architecture, devices: tuple[torch.device, ...]
-) -> None:
-    """Move a model to devices, where each part computes on what comes from the last one."""
-    if len(devices) == 1:
+def dispatch(model: nn.Module, places: dict[str, torch.device]) -> None:
+    """Move a model's parts to their places, where each computes on what the one before gives."""
+    devices = list(places.values())
+    if len(set(devices)) == 1:
         model.to(devices[0])
     else:
-        dispatch_model(model, places(model, architecture, devices), main_device=devices[0])
+        dispatch_model(model, places, main_device=devices[0])

@@ -117,7 +117,7 @@ class Original:
                     device = device_of(full, where)
                     set_module_tensor_to_device(module, name, device, value, torch.float32)
             if len(devices) > 1:
-                dispatch(self.model, self.architecture, devices)
+                dispatch(self.model, where)
             yield modules
         finally:
             if len(devices) > 1:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from calibration.architectures import find_architecture
-from calibration.devices import CPU, dispatch
+from calibration.devices import CPU, dispatch, places
 from calibration.experts import separate_experts
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head
 from calibration.instrument import OffQLinear, attention_state, instrument, layers_of, to_device
@@ -120,7 +120,7 @@ def simulated_model(
         head = OffQLinear(model.get_submodule(architecture.head))
         head.grid = config.head.site
         model.set_submodule(architecture.head, head)
-    dispatch(model, architecture, devices)
+    dispatch(model, places(model, architecture, devices))
     for index, layer in enumerate(layers_of(model, architecture)):
         for site in architecture.sites:
             for module_path in site.modules:

@@ -28,21 +28,29 @@ from vllm_offq.errors import UserError
 
 SCRIPT = Path(__file__).with_name("quantize_elsewhere.py")
 GUARD = Path(__file__).with_name("pretend_guard.cpp")
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gpu", r"--device gpu is not supported; choose cpu, cuda, cuda:N or auto"),
+        ("gpu", "--device gpu is not supported; choose cpu, cuda, cuda:N or auto"),
         ("xpu", "--device xpu is not supported"),
         ("cuda:99", r"--device cuda:99: PyTorch .* sees \d+ GPUs here"),
-        pytest.param("auto", "--device auto: PyTorch .* sees 0 GPUs here", marks=without_gpu),
+        ("auto", "--device auto: PyTorch .* sees 0 GPUs here"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(name: str, says: str) -> None:
+def test_a_device_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=says):
         usable_devices(name)
+
+
+def test_auto_is_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert usable_devices("auto") == tuple(torch.device("cuda", index) for index in range(3))
+    assert usable_devices("cuda:2") == (torch.device("cuda:2"),)
 
 
 def make(folder: Path) -> list[tuple[str, str, Settings]]:

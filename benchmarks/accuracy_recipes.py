@@ -93,7 +93,10 @@ def set_mode(model: PreTrainedModel, config: CheckpointConfig, mode: str) -> Non
     """Turn the grids of an instrumented model on and off."""
     architecture = find_architecture(model.config.architectures).of(model.config)
     bits = {"W4A8KV4": 8, "W4": None, "KV4": None}.get(mode, 4)
-    sites = {name: site.model_copy(update={"bits": bits}) for name, site in config.sites.items()}
+    change: dict[str, Any] = {"bits": bits}
+    if bits == 8:
+        change["clip_ratio"] = 1.0  # as in plan
+    sites = {name: site.model_copy(update=change) for name, site in config.sites.items()}
     cache = config.kv_cache if "KV4" in mode else None
     config = config.model_copy(update={"sites": sites, "kv_cache": cache})
     for layer in layers_of(model, architecture):

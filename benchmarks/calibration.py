@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from benchmarks.calibration_model import H100, block_work, matrix_bytes, this_machine
 from benchmarks.machine import describe_machine
 from calibration.pipeline import quantize
 from calibration.settings import Settings
@@ -68,9 +69,9 @@ class Cost:
     """By stage."""
 
 
-def make_model(folder: Path, shape: str, layers: int) -> Path:
+def make_model(folder: Path, shape: LlamaConfig, layers: int) -> Path:
     """Random bfloat16 weights, a shard a block, and a tokenizer of words."""
-    config = LlamaConfig(**SHAPES[shape].to_dict() | {"num_hidden_layers": layers})
+    config = LlamaConfig(**shape.to_dict() | {"num_hidden_layers": layers})
     config.architectures = ["LlamaForCausalLM"]
     config.tie_word_embeddings = False
     with init_empty_weights():
@@ -98,12 +99,17 @@ def make_model(folder: Path, shape: str, layers: int) -> Path:
     return folder
 
 
-def measure(model: Path, layers: int, samples: int, sequence_length: int) -> Cost:
-    """Quantize in a process of its own."""
-    text = model / "text.txt"
+def write_text(folder: Path, shape: LlamaConfig, num_tokens: int) -> Path:
+    """Random words of the tokenizer's."""
     generator = torch.Generator().manual_seed(1)
-    numbers = torch.randint(1, 8192, (samples * sequence_length,), generator=generator)
+    numbers = torch.randint(1, shape.vocab_size, (num_tokens,), generator=generator)
+    text = folder / "text.txt"
     text.write_text(" ".join(f"w{number}" for number in numbers.tolist()))
+    return text
+
+
+def measure(model: Path, text: Path, layers: int, samples: int, sequence_length: int) -> Cost:
+    """Quantize in a process of its own."""
     settings = Settings(calibration=(str(text),), samples=samples, sequence_length=sequence_length)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -142,8 +148,9 @@ def run(shape: str, depths: list[int], samples: int, sequence_length: int) -> li
     costs = []
     for layers in depths:
         with tempfile.TemporaryDirectory() as folder:
-            model = make_model(Path(folder), shape, layers)
-            costs.append(measure(model, layers, samples, sequence_length))
+            model = make_model(Path(folder), SHAPES[shape], layers)
+            text = write_text(model, SHAPES[shape], samples * sequence_length)
+            costs.append(measure(model, text, layers, samples, sequence_length))
     return costs
 
 
@@ -170,19 +177,53 @@ def main() -> None:
             *(f"{cost.seconds[stage]:.1f}" for stage in stages),
         )
     console.print(table)
-    first, last = costs[0], costs[-1]
-    if last.layers > first.layers:
-        more = last.layers - first.layers
-        block = (sum(last.seconds.values()) - sum(first.seconds.values())) / more
-        rest = sum(first.seconds.values()) - first.layers * block
-        console.print(
-            f"{last.layers} blocks need {last.peak_bytes / first.peak_bytes:.2f} times the memory "
-            f"of {first.layers}; a block takes {block:.1f} s, all else {rest:.1f} s"
-        )
-        if depth := DEPTH.get(arguments.shape):
-            hours = (rest + depth * block) / 3600
-            console.print(f"Extrapolated to {depth} blocks: {hours:.1f} hours, the same memory")
+    if len(costs) > 1:
+        console.print(by_depth(costs[0], costs[-1]))
+    if arguments.shape in DEPTH and len(costs) > 1:
+        workload = (arguments.samples, arguments.sequence_length)
+        console.print(elsewhere(arguments.shape, costs[0], costs[-1], *workload))
     console.print(describe_machine())
+
+
+def by_depth(first: Cost, last: Cost) -> str:
+    """What more blocks cost."""
+    block, rest = seconds_of(first, last)
+    return (
+        f"{last.layers} blocks need {last.peak_bytes / first.peak_bytes:.2f} times the memory "
+        f"of {first.layers}; a block takes {block:.1f} s, all else {rest:.1f} s"
+    )
+
+
+def seconds_of(first: Cost, last: Cost) -> tuple[float, float]:
+    """Of a block, and of all else."""
+    totals = [sum(cost.seconds.values()) for cost in (first, last)]
+    block = (totals[1] - totals[0]) / (last.layers - first.layers)
+    return block, totals[0] - first.layers * block
+
+
+def elsewhere(shape: str, first: Cost, last: Cost, samples: int, sequence_length: int) -> Table:
+    """Whole models on this CPU and on a GPU, from the run that was measured."""
+    measured, rest = seconds_of(first, last)
+    here = this_machine()
+    predicted = here.seconds(block_work(SHAPES[shape], samples, sequence_length))
+    table = Table(
+        title="Extrapolated by counts of operations (benchmarks/calibration_model.py), not timed",
+        caption=f"The model gives a measured block of {measured:.0f} s {predicted:.0f} s; times on "
+        "this CPU are corrected by that. All else is scaled as the blocks are. Memory: the run's "
+        "own, and what the widest block adds to it; on the GPU a block's part alone.",
+    )
+    for column in ("model", "where", "a block, s", "all, hours", "memory, GB"):
+        table.add_column(column, justify="left" if column in ("model", "where") else "right")
+    for name, depth in DEPTH.items():
+        work = block_work(SHAPES[name], samples, sequence_length)
+        matrices = matrix_bytes(SHAPES[name])
+        besides = last.peak_bytes - matrix_bytes(SHAPES[shape])
+        for machine, factor, extra in ((here, measured / predicted, besides), (H100, 1.0, 0)):
+            block = machine.seconds(work) * factor
+            hours = (depth + rest / measured) * block / 3600
+            memory = (matrices + extra) / 1e9
+            table.add_row(name, machine.name, f"{block:.1f}", f"{hours:.1f}", f"{memory:.0f}")
+    return table
 
 
 if __name__ == "__main__":

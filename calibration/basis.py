@@ -44,14 +44,21 @@ def residual_candidates(statistics: Statistics, group_size: int) -> dict[str, Te
 
 
 class _Requantizer:
-    """A hook that puts a linear's input on the grid in rotated space."""
+    """A hook that puts the input of a site's linears on the grid in rotated space."""
 
     def __init__(self, gain: Tensor, rotation: Tensor, grid: SiteConfig) -> None:
         self.gain, self.rotation, self.grid = gain, rotation, grid
         self.noise = self.signal = 0.0
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        rotated = (inputs[0] / invertible(self.gain)) @ self.rotation
+        x = inputs[0]
+        if self._last is None or self._last[0] is not x:  # most linears of a site share theirs
+            self._last = x, self._requantize(x)
+        return self._last[1]
+
+    def _requantize(self, x: Tensor) -> Tensor:
+        rotated = (x / invertible(self.gain)) @ self.rotation
         grid = self.grid
         on_grid = fake_quantize(
             rotated, grid.group_size, grid.clip_ratio, grid.symmetric, grid.bits

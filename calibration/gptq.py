@@ -59,10 +59,10 @@ def gptq(
     original's; refits: rounds of fit_scales and descend after rounding.
     Returns: codes [N, K] int8, scales [N, 1] or [N, K / group_size] float16.
     """
-    damped, inverse_factor = factor(hessian)
+    metric, inverse_factor = factor(hessian)
     if correction is not None:
         weight = correction.apply(weight, inverse_factor)
-    metric, inverse_factor = damped.float(), inverse_factor.float()
+    inverse_factor = inverse_factor.float()
     parts = []
     for rows in weight.split(ROWS_AT_ONCE):
         codes, scales = _round_in_order(
@@ -77,24 +77,30 @@ def gptq(
 
 
 def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The damped Hessian H and the upper triangular R with ``R^T R = H^-1``, float64.
+    """The damped Hessian H, float32, and the upper triangular R with ``R^T R = H^-1``, float64.
 
     Damping is raised tenfold until the factorisation succeeds, which it must once the diagonal
-    dominates.
+    dominates. These matrices are the largest of a run, so each is dropped as soon as it can be.
     """
     mean = hessian.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny)
     damping = DAMPING
     while True:
-        damped = hessian.double()
-        damped.diagonal().add_(damping * mean)
         # H = U U^T with U upper triangular is the Cholesky factor of H read backwards.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        backwards = hessian.flip(0, 1).double()
+        backwards.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(backwards)
+        del backwards
         if not failed:
-            identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
-            upper = lower.flip(0, 1)
-            return damped, torch.linalg.solve_triangular(upper, identity, upper=True)
+            break
         damping *= 10
         logger.warning("a Hessian did not factor; damping it by %g of its mean diagonal", damping)
+    upper = lower.flip(0, 1)
+    del lower
+    inverse_factor = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    torch.linalg.solve_triangular(upper, inverse_factor, upper=True, out=inverse_factor)
+    damped = hessian.clone()
+    damped.diagonal().copy_(hessian.diagonal().double() + damping * mean)
+    return damped, inverse_factor
 
 
 def _round_in_order(

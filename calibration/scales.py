@@ -8,8 +8,9 @@ from vllm_offq.quantizer import CODE_MAX, CODE_MIN
 
 CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(25))
 """Shrink factors of the absolute maximum that the search tries."""
-ELEMENTS_AT_ONCE = 2**17
-"""Of a weight: the search goes over them often, so they should stay in the cache."""
+ELEMENTS_AT_ONCE, ELEMENTS_IN_CACHE = 2**26, 2**17
+"""Of a weight. The search goes over them often: on a CPU they should stay in the cache, on a GPU a
+small kernel takes as long as its launch."""
 RIDGE = 1e-6
 """Of the mean of a row's normal equations: for groups whose codes are all zero."""
 
@@ -31,7 +32,8 @@ def search_scales(weight: Tensor, importance: Tensor, group_size: int) -> Tensor
     weight: [N, K] float32; importance: [K], the Hessian's diagonal; group_size divides K.
     Returns: [N, K / group_size] float32, positive values that float16 holds exactly.
     """
-    rows_at_once = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    elements = ELEMENTS_IN_CACHE if weight.device.type == "cpu" else ELEMENTS_AT_ONCE
+    rows_at_once = max(1, elements // weight.shape[1])
     parts = importance.view(-1, group_size)
     scales = weight.new_empty(len(weight), len(parts))
     for rows, best_scale in zip(

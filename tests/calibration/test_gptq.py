@@ -97,17 +97,17 @@ def test_factor_inverts_the_damped_hessian() -> None:
     _, hessian = problem(1, 96)
     damped, inverse_factor = factor(hessian)
     assert inverse_factor.equal(inverse_factor.triu())
-    identity = torch.eye(96, dtype=torch.float64)
-    torch.testing.assert_close(inverse_factor.T @ inverse_factor @ damped, identity)
-    assert torch.equal(
-        damped - torch.diag(damped.diagonal() - hessian.diagonal()), hessian.double()
-    )
+    inverse = inverse_factor.T @ inverse_factor
+    error = inverse @ damped.double() - torch.eye(96, dtype=torch.float64)
+    # The damped Hessian is kept in float32, the factor is of what it was before.
+    assert error.norm() < torch.finfo(torch.float32).eps * inverse.norm() * damped.norm()
+    assert damped.fill_diagonal_(0).equal(hessian.clone().fill_diagonal_(0))
 
 
 @pytest.mark.parametrize("group_size", [64, 192])
 def test_refits_never_raise_the_error_they_minimise(group_size: int) -> None:
     weight, hessian = problem(48, 192)
-    metric = factor(hessian)[0].float()
+    metric = factor(hessian)[0]
     codes, scales = (part.float() for part in gptq(weight, hessian, group_size))
     errors = [output_error(weight, codes, scales, metric)]
     for _ in range(3):

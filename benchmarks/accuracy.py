@@ -12,11 +12,8 @@ benchmarks/peer.py: `python scripts/setup_peer.py` makes one.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,33 +25,23 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import peer
-from benchmarks.accuracy_recipes import (
-    MODES,
-    PARTS,
-    RECIPES,
-    Measured,
-    Workload,
-    measure,
-    settings_of,
-)
+from benchmarks.accuracy_cache import Cache, Measure, Row
+from benchmarks.accuracy_recipes import MODES, PARTS, RECIPES, Workload, measure, settings_of
 from benchmarks.accuracy_table import table
 from benchmarks.machine import describe_machine
 from benchmarks.scores import Scores, keep, logprobs, loss
 from calibration.loader import load_original
 from vllm_offq.errors import UserError
 from vllm_offq.evaluate import cut_windows, prompt_start
-from vllm_offq.metrics import Estimate
-
-Row = dict[str, tuple[Scores, float]]
-"""Of each mode, scores and bits of a quantized weight."""
-Measure = Callable[[list[str]], Iterator[Measured]]
-"""Measures a recipe in some modes, one after the other."""
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Workload, Scores]:
     """Cut the text, and run the original over it."""
+    try:
+        text = arguments.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {arguments.text} cannot be read: {error}") from None
     original = load_original(arguments.model)
-    text = arguments.text.read_text(encoding="utf-8")
     ids = original.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     cut = cut_windows(prompt_start(original.tokenizer), ids, arguments.window_length)
     windows = torch.tensor(cut[: arguments.windows])
@@ -71,40 +58,16 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Workload, Scor
         arguments.sequence_length,
         windows,
         folder,
+        original.weights.fingerprint(),
     )
     return workload, Scores(losses, [0.0] * len(windows), [1.0] * len(windows))
-
-
-class Cache:
-    """Rows that were measured before."""
-
-    def __init__(self, folder: Path, workload: Workload, console: Console) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.workload, self.console = folder, workload, console
-
-    def row(self, name: str, settings: dict[str, Any], modes: list[str], measure: Measure) -> Row:
-        """A row of the table. measure: called with the modes that are missing."""
-        paths = {mode: self.path(settings, mode) for mode in modes}
-        missing = [mode for mode in modes if not paths[mode].is_file()]
-        for mode, scores, bits in measure(missing) if missing else ():
-            kept = {"scores": asdict(scores), "bits": bits}
-            paths[mode].write_text(json.dumps(kept), encoding="utf-8")
-            self.console.print(f"{name}, {mode}: KL {Estimate.of(scores.kl).value:.4f}")
-        found = {mode: json.loads(paths[mode].read_text()) for mode in modes}
-        return {mode: (Scores(**kept["scores"]), kept["bits"]) for mode, kept in found.items()}
-
-    def path(self, settings: dict[str, Any], mode: str) -> Path:
-        """Where a recipe with these settings is kept."""
-        key = [settings, mode, self.workload.model, self.workload.windows.tolist()]
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        return self.folder / f"{digest}.json"
 
 
 def main() -> None:
     """The command line."""
     arguments = parse()
     try:
-        run(arguments, Console(width=140))
+        run(arguments, Console(width=160))
     except UserError as error:
         sys.exit(f"benchmarks.accuracy: {error}")
 
@@ -156,12 +119,18 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             settings, modes, run_recipe = recipe("offq", arguments, elsewhere)
             rows[name] = cache.row(name, settings, list(modes[:1]), run_recipe)
     tokens = f"{arguments.samples} x {arguments.sequence_length}"
+    texts = ", ".join(Path(source).name for source in arguments.calibration)
     title = (
         f"{Path(arguments.model).name}: {len(workload.windows)} windows of "
-        f"{arguments.window_length} tokens; calibrated on {tokens} tokens"
+        f"{arguments.window_length} tokens of {arguments.text.name}; "
+        f"calibrated on {tokens} tokens of {texts}"
     )
     console.print(table(rows, MODES, original, title))
     console.print(f"{describe_machine()}; {(time.monotonic() - start) / 60:.0f} minutes")
+    if cache.older:
+        console.print(
+            f"{cache.older} rows are from --cache, measured by other versions of the code"
+        )
 
 
 def recipe(

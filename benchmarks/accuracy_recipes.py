@@ -63,6 +63,8 @@ class Workload:
     """[W, T] int64."""
     references: Path
     """The original's log-probabilities of each window, see benchmarks.scores.keep."""
+    fingerprint: str
+    """Of the model's weights."""
 
 
 def settings_of(name: str, workload: Workload) -> Settings:
@@ -93,7 +95,7 @@ def set_mode(model: PreTrainedModel, config: CheckpointConfig, mode: str) -> Non
     """Turn the grids of an instrumented model on and off."""
     architecture = find_architecture(model.config.architectures).of(model.config)
     bits = {"W4A8KV4": 8, "W4": None, "KV4": None}.get(mode, 4)
-    change: dict[str, Any] = {"bits": bits}
+    change: dict[str, float | None] = {"bits": bits}
     if bits == 8:
         change["clip_ratio"] = 1.0  # as in plan
     sites = {name: site.model_copy(update=change) for name, site in config.sites.items()}

@@ -35,7 +35,7 @@ def table(
             pairs = zip(scores.loss, original.loss, strict=True)
             ratio = Estimate.of([loss - base for loss, base in pairs]).exp()
             kl = Estimate.of(scores.kl)
-            share = "" if quarot is None else f"{kl.value / Estimate.of(quarot[0].kl).value:.3f}"
+            share = "" if quarot is None else _cell(Estimate.of_ratio(scores.kl, quarot[0].kl), 3)
             result.add_row(
                 name,
                 mode,
@@ -44,11 +44,11 @@ def table(
                 _cell(ratio),
                 _cell(kl),
                 share,
-                f"{Estimate.of(scores.top1).value:.3f}",
+                _cell(Estimate.of(scores.top1), 3),
             )
     return result
 
 
-def _cell(estimate: Estimate) -> str:
+def _cell(estimate: Estimate, digits: int = 4) -> str:
     error = estimate.standard_error
-    return f"{estimate.value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{estimate.value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from benchmarks.calibration_model import H100, block_work, matrix_bytes, this_machine
 from benchmarks.machine import describe_machine
+from calibration.memory import map_large_tensors
 from calibration.pipeline import quantize
 from calibration.settings import Settings
 
@@ -133,6 +134,7 @@ def _measure(model: Path, layers: int, settings: Settings, sender: object) -> No
         yield lambda steps=1: None
         seconds[description] = time.perf_counter() - start
 
+    map_large_tensors()
     base = _peak_bytes()
     with tempfile.TemporaryDirectory(dir=model) as folder:
         quantize(str(model), Path(folder) / "out", settings, progress=timed)
@@ -164,7 +166,7 @@ def main() -> None:
     depths = arguments.layers or ([1, 2] if arguments.shape in DEPTH else [4, 8])
     costs = run(arguments.shape, depths, arguments.samples, arguments.sequence_length)
     tokens = f"{arguments.samples} x {arguments.sequence_length} tokens"
-    console = Console()
+    console = Console(width=140)
     table = Table(title=f"offq quantize, blocks of {arguments.shape}, {tokens}")
     stages = list(costs[0].seconds)
     for column in ("blocks", "peak MB", "of it imports", *(f"{stage}, s" for stage in stages)):
@@ -188,9 +190,11 @@ def main() -> None:
 def by_depth(first: Cost, last: Cost) -> str:
     """What more blocks cost."""
     block, rest = seconds_of(first, last)
+    most, least = (cost.peak_bytes - cost.base_bytes for cost in (last, first))
     return (
         f"{last.layers} blocks need {last.peak_bytes / first.peak_bytes:.2f} times the memory "
-        f"of {first.layers}; a block takes {block:.1f} s, all else {rest:.1f} s"
+        f"of {first.layers}, beyond the imports {most / least:.2f} times; "
+        f"a block takes {block:.1f} s, all else {rest:.1f} s"
     )
 
 

@@ -5,12 +5,12 @@ the counts against what PyTorch really does), and divided by what a machine does
 this machine that is measured, for a GPU assumed: half of the peaks that its maker states.
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.machine import median_seconds
 from calibration.basis import TRIAL_LENGTH, TRIAL_SEQUENCES
 from calibration.gptq import ROWS_AT_ONCE
 from calibration.moments import COLUMNS_AT_ONCE
@@ -68,7 +68,9 @@ H100 = Machine("one H100 (assumed)", 33e12, 33e12, 0.5 * 3.35e12 / 12, 5e-6)
 def linears(config: LlamaConfig) -> list[tuple[int, int]]:
     """Input and output channels of what is rounded as one matrix: qkv, o, gate and up, down."""
     n, m = config.hidden_size, config.intermediate_size
-    kv = n // config.num_attention_heads * config.num_key_value_heads
+    kv = (
+        n // config.num_attention_heads * (config.num_key_value_heads or config.num_attention_heads)
+    )
     return [(n, n + 2 * kv), (n, n), (n, 2 * m), (m, n)]
 
 
@@ -115,18 +117,8 @@ def this_machine() -> Machine:
     y, small = x.double(), torch.randn(2**17)
     out = torch.empty_like(small)
     flops, double_flops = (
-        2 * 1024**3 / _seconds(lambda: x @ x),
-        2 * 1024**3 / _seconds(lambda: y @ y),
+        2 * 1024**3 / median_seconds(lambda: x @ x),
+        2 * 1024**3 / median_seconds(lambda: y @ y),
     )
-    elements = len(small) / _seconds(lambda: torch.div(small, 3.0, out=out))
+    elements = len(small) / median_seconds(lambda: torch.div(small, 3.0, out=out))
     return Machine("this CPU", flops, double_flops, elements, 1e-6)
-
-
-def _seconds(call: object) -> float:
-    """Median of seven."""
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        call()  # type: ignore[operator]
-        times.append(time.perf_counter() - start)
-    return sorted(times)[3]

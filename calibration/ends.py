@@ -10,6 +10,7 @@ from calibration.moments import SiteMoments
 from calibration.quantize_block import Streams, round_weight
 from calibration.settings import Settings
 from vllm_offq.checkpoint_writer import CheckpointWriter
+from vllm_offq.errors import UserError
 from vllm_offq.format import (
     EMBEDDING_CODE_MAX,
     HEAD_CODE_MAX,
@@ -74,6 +75,7 @@ def write_head(
 
     weight: [vocabulary, n], rotated, with the final norm's gain; inputs: needed for 4 bits, see
     head_inputs; dtype: if in 16 bit.
+    Raises: UserError naming the head if its input or weight is out of range.
     """
     head = config.head
     if head is None:
@@ -82,7 +84,10 @@ def write_head(
         _write(name, *round_rows(weight, HEAD_CODE_MAX), 8, writer)
     else:
         assert inputs is not None
-        codes, scales = round_weight(weight, inputs, settings, head.weight_group_size)
+        try:
+            codes, scales = round_weight(weight, inputs, settings, head.weight_group_size)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
         _write(name, codes, scales, 4, writer)
 
 

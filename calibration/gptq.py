@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calibration.correction import Correction
 from calibration.scales import fit_scales, search_scales, stored_scale
+from vllm_offq.errors import UserError
 from vllm_offq.quantizer import CODE_MAX, CODE_MIN
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ ROWS_AT_ONCE = 4096
 """Of a weight: copies of a whole head would be the largest tensors of a run."""
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a fraction of its mean."""
+MOST_DAMPING = 100.0
 
 
 def round_to_nearest(
@@ -81,6 +83,7 @@ def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
 
     Damping is raised tenfold until the factorisation succeeds, which it must once the diagonal
     dominates. These matrices are the largest of a run, so each is dropped as soon as it can be.
+    Raises: UserError if it never does, as with NaN.
     """
     mean = hessian.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny)
     damping = DAMPING
@@ -93,6 +96,8 @@ def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
         if not failed:
             break
         damping *= 10
+        if damping > MOST_DAMPING:
+            raise UserError("its input has no usable second moments; check the model's weights")
         logger.warning("a Hessian did not factor; damping it by %g of its mean diagonal", damping)
     upper = lower.flip(0, 1)
     del lower

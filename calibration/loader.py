@@ -29,7 +29,6 @@ from transformers.utils.logging import disable_progress_bar
 from calibration.architectures import Architecture, find_architecture
 from calibration.devices import CPU, device_of, dispatch, places
 from calibration.experts import separate_experts
-from calibration.memory import release_freed
 from calibration.multimodal import Surroundings, plain_name, surroundings
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
 from vllm_offq.errors import UserError
@@ -126,7 +125,6 @@ class Original:
             for module in modules:
                 for name, _ in list(module.named_parameters(remove_duplicate=False)):
                     set_module_tensor_to_device(module, name, "meta")
-            release_freed()
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

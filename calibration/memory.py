@@ -1,14 +1,20 @@
-"""Memory that was freed, given back."""
+"""Memory that is given back as soon as it is free."""
 
 import ctypes
 
+M_MMAP_THRESHOLD = -3
+"""Of mallopt, in malloc.h."""
+LARGE_BYTES = 4 * 2**20
 
-def release_freed() -> None:
-    """Return the holes between living tensors to the system, where the C library can (glibc).
 
-    It keeps them otherwise, and weights of other sizes find no room in them: every block that is
-    loaded and dropped would leave the process larger by as much.
+def map_large_tensors() -> None:
+    """Let each large tensor have pages of its own, for the rest of the process.
+
+    The C library (glibc) raises the size from which it does so up to 32 MiB, as it sees large
+    tensors go, and keeps smaller ones in a heap; blocks of weights that come and go leave holes
+    there, in which others find no room, and the process grows with every one of them. Other
+    libraries are left as they are.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)

@@ -6,6 +6,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
+from calibration.memory import map_large_tensors
 from calibration.pipeline import quantize
 from calibration.progress import rich_progress
 from calibration.report import HTML_FILE, Report
@@ -19,6 +20,7 @@ def run(
     """Quantize with bars, then print what was done."""
     console = Console()
     progress = rich_progress(console)
+    map_large_tensors()
     try:
         report = quantize(
             model,

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,14 @@ from tiny_models import CORPUS, make_tiny_llama
 from torch.nn.functional import cross_entropy
 
 from benchmarks import accuracy, peer
-from benchmarks.accuracy_recipes import Workload
+from benchmarks.accuracy_cache import Cache
+from benchmarks.accuracy_recipes import MODES, Workload, set_mode
 from benchmarks.accuracy_table import table
 from benchmarks.scores import Scores, keep, logprobs, score
+from calibration.pipeline import quantize
+from calibration.settings import Settings
+from calibration.simulate import load_simulated
+from vllm_offq.checkpoint import Checkpoint
 from vllm_offq.errors import UserError
 
 WINDOWS = torch.arange(12).view(2, 6)
@@ -61,7 +67,7 @@ def test_scores_can_be_imported_by_the_peer() -> None:
 
 
 def printed(rows: dict[str, accuracy.Row]) -> str:
-    console = Console(width=140, file=StringIO())
+    console = Console(width=160, file=StringIO())
     console.print(table(rows, ("W4A4KV4", "W4A4"), Scores([1.0, 1.2], [0, 0], [1, 1]), "title"))
     return console.file.getvalue()
 
@@ -74,7 +80,8 @@ def test_every_row_is_compared_with_quarot_in_its_mode() -> None:
     text = printed({"quarot": {"W4A4KV4": row(0.2)}, name: {"W4A4KV4": row(0.1), "W4A4": row(0.1)}})
     (both, alone) = [line for line in text.splitlines() if name in line]
     assert [cell.strip() for cell in both.split("│")][1:-1] == [
-        name, "W4A4KV4", "4.25", "3.49", "1.1618 ± 0.0581", "0.1000 ± 0.0000", "0.500", "0.900"
+        name, "W4A4KV4", "4.25", "3.49", "1.1618 ± 0.0581", "0.1000 ± 0.0000",
+        "0.500 ± 0.000", "0.900 ± 0.000"
     ]  # fmt: skip
     assert alone.split("│")[7].strip() == ""
     assert alone.split("│")[3].strip() == "4.25"
@@ -110,12 +117,41 @@ def test_rows_are_measured_once(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run(monkeypatch, capsys, command)
-    assert cells(first, "quarot")[4] == "1.000"
+    assert cells(first, "quarot")[4] == "1.000 ± 0.000"
     assert float(cells(first, "rtn")[3].split()[0]) > 0
     monkeypatch.setattr(accuracy, "measure", lambda *_: pytest.fail("measured again"))
     again = run(monkeypatch, capsys, command)
     for name in ("original", "rtn", "quarot"):
         assert cells(again, name) == cells(first, name)
+    assert "other versions" not in again[-1]
+    monkeypatch.setattr(Cache, "code", "of tomorrow")
+    assert run(monkeypatch, capsys, command)[-1].startswith("2 rows are from --cache, measured by")
+    text = Path(command[3])
+    text.write_text(text.read_text(encoding="utf-8") + CORPUS, encoding="utf-8")
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        run(monkeypatch, capsys, command)
+
+
+def test_modes_turn_on_what_their_names_say(command: list[str], tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", Settings(calibration=(command[3],), samples=2)
+    quantize(command[1], out, replace(settings, sequence_length=64))
+    model, _ = load_simulated(out)
+    linear = model.get_submodule("model.layers.0.mlp.up_proj")
+    state = model.get_submodule("model.layers.0.self_attn").offq
+    config = Checkpoint(out).config
+    found = {}
+    for mode in MODES:
+        set_mode(model, config, mode)
+        grid = None if linear.grid is None else (linear.grid.bits, linear.grid.clip_ratio)
+        found[mode] = grid, state.kv_group_size
+    assert found == {
+        "W4A4KV4": ((4, 0.95), 64),
+        "W4A4": ((4, 0.95), None),
+        "W4A8KV4": ((8, 1.0), 64),  # what `offq quantize --activation-bits 8` makes
+        "W4": (None, None),
+        "A4": ((4, 0.95), None),
+        "KV4": (None, 64),
+    }
 
 
 def test_calibration_texts_stand_side_by_side(
@@ -145,8 +181,10 @@ def test_peer_stands_in_the_table(
         bits, _, _, kl, share, top1 = cells(found, name)
         assert bits == "4.25"
         assert 0.01 < float(kl.split()[0]) < 1  # quantized, and still the same model
-        assert float(share) == pytest.approx(float(kl.split()[0]) / kl_of_quarot(found), rel=0.01)
-        assert float(top1) > 0.5
+        assert float(share.split()[0]) == pytest.approx(
+            float(kl.split()[0]) / kl_of_quarot(found), rel=0.01
+        )
+        assert float(top1.split()[0]) > 0.5
 
 
 def kl_of_quarot(lines: list[str]) -> float:
@@ -175,7 +213,7 @@ def test_peer_needs_its_python(
 
 
 def test_peer_that_fails_says_why(tmp_path: Path, command: list[str]) -> None:
-    workload = Workload(command[1], (command[3],), 2, 64, WINDOWS, tmp_path)
+    workload = Workload(command[1], (command[3],), 2, 64, WINDOWS, tmp_path, "")
     python, log = Path(sys.executable), tmp_path / "peer.log"
     with pytest.raises(UserError, match=r"No module named 'llmcompressor'.*peer\.log"):
         list(peer.measure(python, log, {"recipe": {}}, workload, ["W4A4"]))

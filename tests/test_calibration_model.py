@@ -1,4 +1,4 @@
-"""benchmarks.calibration_model counts what `offq quantize` does."""
+"""What `offq quantize` costs: memory by depth, and the counts of benchmarks.calibration_model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from benchmarks.calibration import make_model, write_text
+from benchmarks.calibration import make_model, measure, write_text
 from benchmarks.calibration_model import (
     H100,
     STEP_OPERATIONS,
@@ -91,3 +91,15 @@ def test_a_larger_model_costs_more_and_a_gpu_less() -> None:
     assert here.seconds(block_work(wide, SAMPLES, SEQUENCE_LENGTH)) > 3 * here.seconds(work)
     assert H100.seconds(block_work(wide, 128, 2048)) < here.seconds(block_work(wide, 128, 2048))
     assert matrix_bytes(wide) > 3 * matrix_bytes(SHAPE)
+
+
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    shape = LlamaConfig(**SHAPE.to_dict() | {"hidden_size": 1024, "intermediate_size": 3072})
+    costs = []
+    for layers in (2, 5):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        text = write_text(folder, shape, 2 * 128)
+        costs.append(measure(make_model(folder, shape, layers), text, layers, 2, 128))
+    few, many = (cost.peak_bytes - cost.base_bytes for cost in costs)
+    assert many < 1.1 * few

@@ -47,6 +47,18 @@ class Estimate:
         error = float(np.std(window_means, ddof=1) / count**0.5) if count > 1 else None
         return cls(float(np.mean(window_means)), error)
 
+    @classmethod
+    def of_ratio(cls, window_means: list[float], others: list[float]) -> "Estimate":
+        """Of the mean of some window means to the mean of others, of the same windows.
+
+        To first order, the error is that of the mean of what is left of each window's pair.
+        """
+        base = float(np.mean(others))
+        ratio = float(np.mean(window_means)) / base
+        pairs = zip(window_means, others, strict=True)
+        left = cls.of([(mean - ratio * other) / base for mean, other in pairs])
+        return cls(ratio, left.standard_error)
+
     def exp(self) -> "Estimate":
         """Of exp(value), to first order: a mean negative log-likelihood becomes a perplexity."""
         value = float(np.exp(self.value))

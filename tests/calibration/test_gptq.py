@@ -61,11 +61,27 @@ def test_channels_without_input_and_rows_of_zeros() -> None:
     assert (codes[3] == 0).all()
 
 
-def test_a_hessian_of_few_tokens_is_damped_until_it_factors() -> None:
+def test_a_hessian_of_few_tokens_is_rounded_by() -> None:
     weight, _ = problem(8, 128)
     token = torch.randn(1, 128, generator=torch.Generator().manual_seed(2)) * 1e4
     codes, scale = gptq(weight, token.T @ token, None)
     assert output_error(weight, codes, scale, token.T @ token) < 0.1
+
+
+def test_a_hessian_that_does_not_factor_is_damped_until_it_does(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Float32 may leave eigenvalues below zero; here one of -3 beside a mean diagonal of 1."""
+    hessian = torch.eye(64)
+    hessian[0, 1] = hessian[1, 0] = 4.0
+    damped, inverse_factor = factor(hessian)
+    assert damped[0, 0] == 1 + 10 and inverse_factor.isfinite().all()
+    assert [record.args for record in caplog.records] == [(0.1,), (1.0,), (10.0,)]
+
+
+def test_a_hessian_that_never_factors_is_refused() -> None:
+    with pytest.raises(UserError, match="no usable second moments"):
+        factor(torch.full((64, 64), torch.nan))
 
 
 def test_scale_search_prefers_important_channels() -> None:

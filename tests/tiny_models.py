@@ -54,6 +54,20 @@ SIZES = {
 WINDOW = 4
 LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": (
+        "Llama",
+        {
+            "head_dim": 128,
+            "rope_parameters": {  # of Llama 3.1 and later
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "Mistral": ("Mistral", {"head_dim": 128, "sliding_window": WINDOW}),
     "Qwen2": ("Qwen2", {}),
     "Qwen3": ("Qwen3", {"head_dim": 128, "tie_word_embeddings": True}),

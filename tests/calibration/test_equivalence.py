@@ -21,8 +21,7 @@ from calibration.simulate import fused_model
 from calibration.statistics import Statistics, collect
 
 LLAMAS: dict[str, dict[str, Any]] = {
-    "llama3-like": {"head_dim": 128, "num_heads": 4, "num_kv_heads": 2, "hidden": 384},
-    "untied": {"tied": False},
+    "wide-heads": {"head_dim": 128, "num_heads": 4, "num_kv_heads": 2, "hidden": 384},
     "biased": {"bias": True, "num_kv_heads": 4},
     "odd-heads": {"hidden": 192, "num_heads": 3, "num_kv_heads": 1, "intermediate": 320},
 }

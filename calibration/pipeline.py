@@ -3,17 +3,16 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import vllm_offq
 from calibration.clipping import clipped
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
 from calibration.devices import CPU, usable_devices
 from calibration.ends import head_inputs, write_embedding, write_head
+from calibration.fingerprint import fingerprint
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head, fuse_rows
 from calibration.instrument import BlockInputs, block_inputs, instrument
 from calibration.loader import Original, load_original
@@ -79,7 +78,7 @@ def quantize(
         prefix=prefix,
     )
     with torch.no_grad(), writer:
-        saved = SavedRun(writer, _fingerprint(original, settings), continues)
+        saved = SavedRun(writer, fingerprint(original, settings), continues)
         record = Record(**saved.state.record)
         run = _Run(original, settings, config, dtype, writer, saved, record, record.timed(progress))
         try:
@@ -283,14 +282,6 @@ class _Run:
         if original.model.generation_config is not None:
             original.model.generation_config.save_pretrained(writer.folder)
         writer.add_text("README.md", model_card(original.name, self.config, self.settings))
-
-
-def _fingerprint(original: Original, settings: Settings) -> dict[str, Any]:
-    return asdict(settings) | {
-        "model": original.name,
-        "weights": original.weights.fingerprint(),
-        "program": vllm_offq.__version__,
-    }
 
 
 def _batch_size(samples: int, sequence_length: int) -> int:

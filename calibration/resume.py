@@ -99,12 +99,12 @@ def _read(path: Path) -> State:
 def _compare(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     now = json.loads(json.dumps(now))
     different = [
-        f"{key} was {before.get(key)!r} and is {value!r}"
-        for key, value in now.items()
-        if before.get(key) != value
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in before | now
+        if before.get(key) != now.get(key)
     ]
     if different:
         raise UserError(
             f"the unfinished run to {out} was another: {'; '.join(different)}; repeat it with the "
-            "settings that it had, or start anew with --no-resume"
+            "model and settings that it had, or start anew with --no-resume"
         )

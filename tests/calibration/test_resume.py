@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,37 @@ def test_other_settings_do_not_go_on(
     assert layers_done(out) == 1
     quantize(str(original), out, other, resume=False)
     validate_checkpoint(out)
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "sentence"),
+    [
+        ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1', "config.rms_norm_eps was"),
+        ("config.json", '"rope_theta": 10000.0', '"rope_theta": 500.0', "rope_theta was 10000.0"),
+        ("tokenizer.json", '"#"', '"\u2603"', "tokenizer was"),
+    ],
+)
+def test_a_changed_model_does_not_go_on(
+    file: str,
+    before: str,
+    after: str,
+    sentence: str,
+    original: Path,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, out = Path(shutil.copytree(original, tmp_path / "model")), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(1, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(model), out, settings)
+    text = (model / file).read_text()
+    assert before in text
+    (model / file).write_text(text.replace(before, after))
+    with pytest.raises(UserError, match=f"was another: [^;]*{sentence}[^;]*; repeat it"):
+        quantize(str(model), out, settings, resume=True)
+    assert layers_done(out) == 1
 
 
 def test_a_run_stopped_at_its_beginning_leaves_nothing(

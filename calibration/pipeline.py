@@ -57,12 +57,12 @@ def quantize(
     """
     out = Path(out)
     settings = settings or Settings()
+    CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     if resume is None and unfinished(out):
         raise UserError(
             f"an unfinished run to {out} is there; go on with it by --resume, or discard it by "
             "--no-resume"
         )
-    CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     with progress("opening the model", 1):
         original = load_original(source, usable_devices(device))
     rest, prefix = (REST, PREFIX) if original.surroundings else ((), "")

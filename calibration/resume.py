@@ -9,8 +9,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_offq.checkpoint_writer import RESUME, CheckpointWriter, partial_folder
+from vllm_offq.checkpoint_writer import RESUME, CheckpointWriter
 from vllm_offq.errors import UserError
+from vllm_offq.output_folder import CONTENT, partial_folder
 
 STATE = "state.json"
 
@@ -29,8 +30,9 @@ class State:
 
 
 def unfinished(out: Path) -> bool:
-    """Whether an earlier run to this folder can be resumed."""
-    return (partial_folder(out) / RESUME / STATE).is_file()
+    """Whether an earlier run to this folder can be resumed: neither published nor discarded."""
+    folder = partial_folder(out)
+    return (folder / CONTENT).is_dir() and (folder / RESUME / STATE).is_file()
 
 
 class SavedRun:
@@ -42,7 +44,7 @@ class SavedRun:
 
     def __init__(self, writer: CheckpointWriter, fingerprint: dict[str, Any], resume: bool) -> None:
         self._writer = writer
-        self._folder = writer.folder / RESUME
+        self._folder = writer.work / RESUME
         self._folder.mkdir(exist_ok=True)
         self.state = State(fingerprint)
         writer.keep = resume  # also where it is refused below

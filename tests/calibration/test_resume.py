@@ -19,8 +19,9 @@ from calibration import cli, pipeline
 from calibration.pipeline import quantize
 from calibration.settings import Settings
 from vllm_offq.checkpoint import CheckpointWriter, validate_checkpoint
-from vllm_offq.checkpoint_writer import RESUME, partial_folder
+from vllm_offq.checkpoint_writer import RESUME
 from vllm_offq.errors import UserError
+from vllm_offq.output_folder import CONTENT, partial_folder
 
 LAYERS = 5
 
@@ -211,7 +212,8 @@ def test_an_unreadable_state_is_refused(
 ) -> None:
     out = tmp_path / "out"
     state = partial_folder(out) / RESUME / "state.json"
-    state.parent.mkdir(parents=True)
+    (partial_folder(out) / CONTENT).mkdir(parents=True)
+    state.parent.mkdir()
     state.write_text("{")
     with pytest.raises(UserError, match="--no-resume"):
         quantize(str(original), out, settings, resume=True)

@@ -1,7 +1,6 @@
 """What an interrupted run leaves on disk, so that a later one goes on where it stopped."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from vllm_offq.checkpoint_writer import RESUME, CheckpointWriter
 from vllm_offq.errors import UserError
-from vllm_offq.output_folder import CONTENT, partial_folder
+from vllm_offq.output_folder import CONTENT, fsync, partial_folder
 
 STATE = "state.json"
 
@@ -65,6 +64,7 @@ class SavedRun:
         save_file(
             {key: value.cpu().contiguous() for key, value in tensors.items()}, unfinished_path
         )
+        fsync(unfinished_path)
         unfinished_path.replace(path)
 
     def drop(self, name: str) -> None:
@@ -74,14 +74,15 @@ class SavedRun:
     def commit(self) -> None:
         """Everything so far counts: from now on an interruption loses only what comes after."""
         self._writer.commit()
+        fsync(self._writer.work)
+        fsync(self._folder)  # before there is a state that counts on what is in it
         self.state.parts = self._writer.parts
         path = self._folder / STATE
         unfinished_path = path.with_suffix(".unfinished")
-        with unfinished_path.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self.state), file)
-            file.flush()
-            os.fsync(file.fileno())
+        unfinished_path.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+        fsync(unfinished_path)
         unfinished_path.replace(path)
+        fsync(self._folder)
         self._writer.keep = True
 
     def _path(self, name: str) -> Path:

@@ -74,6 +74,7 @@ class OutputFolder:
             _clear(self.work)
         self.content.mkdir(exist_ok=True)
         _clear(self.content)
+        fsync(self.work.parent)
 
     def publish(self) -> None:
         """Let `content` be `out`. Raises: UserError if that was made by someone else meanwhile."""

@@ -15,7 +15,7 @@ from calibration.ends import head_inputs, write_embedding, write_head
 from calibration.fingerprint import fingerprint
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head, fuse_rows
 from calibration.instrument import BlockInputs, block_inputs, instrument
-from calibration.loader import Original, load_original
+from calibration.loader import Original, load_original, refuse_overlap
 from calibration.model_card import model_card
 from calibration.plan import expected_bytes, plan, stored_dtype
 from calibration.progress import Progress, no_progress
@@ -57,6 +57,7 @@ def quantize(
     """
     out = Path(out)
     settings = settings or Settings()
+    refuse_overlap(source, out)
     CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     if resume is None and unfinished(out):
         raise UserError(

@@ -52,8 +52,8 @@ def quantize(
     source: Hugging Face folder, hub id or GGUF file; out: the new folder, written atomically;
     device: what computes, such as "cuda:1"; "auto": all GPUs where the whole model does.
     resume: go on with an interrupted run to `out` (True), discard it (False), or refuse (None).
-    Raises: UserError, one sentence, for anything that the caller can put right; nothing is
-    written then.
+    Raises: UserError, one sentence, for anything that the caller can put right; `out` is as it
+    was then, and so is an unfinished run where going on with it is refused.
     """
     out = Path(out)
     settings = settings or Settings()

@@ -77,7 +77,7 @@ class CheckpointWriter:
         for path in self.work.glob(f"{PART}*"):
             if path.name not in parts:
                 path.unlink()
-        for part in parts:
+        for part in parts:  # mapped: nothing but the headers is read
             self.sizes |= {
                 name: tensor.nbytes for name, tensor in load_file(self.work / part).items()
             }

@@ -191,6 +191,17 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
     )
 
 
+def refuse_overlap(source: str, out: Path) -> None:
+    """Raises: UserError if `out` holds what `load_original` reads, which would go when it does."""
+    path, out = Path(source), out.resolve()
+    for file in (path, *(path.iterdir() if path.is_dir() else ())):
+        if file.exists() and file.resolve().is_relative_to(out):
+            raise UserError(
+                f"writing {out} would delete {file}, from which the original is read; choose "
+                "another folder"
+            )
+
+
 def _skeleton(config: Any, architecture: Architecture, device: torch.device) -> PreTrainedModel:
     # Buffers are real: tables of rotary embeddings are in no checkpoint.
     with init_empty_weights(include_buffers=False):

@@ -3,20 +3,19 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import vllm_offq
 from calibration.clipping import clipped
 from calibration.data import calibration_tokens
 from calibration.data_sources import SELF, shares
 from calibration.devices import CPU, usable_devices
 from calibration.ends import head_inputs, write_embedding, write_head
+from calibration.fingerprint import fingerprint
 from calibration.fuse import fuse_block, fuse_embedding, fuse_head, fuse_rows
 from calibration.instrument import BlockInputs, block_inputs, instrument
-from calibration.loader import Original, load_original
+from calibration.loader import Original, load_original, refuse_overlap
 from calibration.model_card import model_card
 from calibration.plan import expected_bytes, plan, stored_dtype
 from calibration.progress import Progress, no_progress
@@ -53,17 +52,18 @@ def quantize(
     source: Hugging Face folder, hub id or GGUF file; out: the new folder, written atomically;
     device: what computes, such as "cuda:1"; "auto": all GPUs where the whole model does.
     resume: go on with an interrupted run to `out` (True), discard it (False), or refuse (None).
-    Raises: UserError, one sentence, for anything that the caller can put right; nothing is
-    written then.
+    Raises: UserError, one sentence, for anything that the caller can put right; `out` is as it
+    was then, and so is an unfinished run where going on with it is refused.
     """
     out = Path(out)
     settings = settings or Settings()
+    refuse_overlap(source, out)
+    CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     if resume is None and unfinished(out):
         raise UserError(
             f"an unfinished run to {out} is there; go on with it by --resume, or discard it by "
             "--no-resume"
         )
-    CheckpointWriter(out, overwrite=overwrite)  # refuses a bad folder before the model is opened
     with progress("opening the model", 1):
         original = load_original(source, usable_devices(device))
     rest, prefix = (REST, PREFIX) if original.surroundings else ((), "")
@@ -79,7 +79,7 @@ def quantize(
         prefix=prefix,
     )
     with torch.no_grad(), writer:
-        saved = SavedRun(writer, _fingerprint(original, settings), continues)
+        saved = SavedRun(writer, fingerprint(original, settings), continues)
         record = Record(**saved.state.record)
         run = _Run(original, settings, config, dtype, writer, saved, record, record.timed(progress))
         try:
@@ -283,14 +283,6 @@ class _Run:
         if original.model.generation_config is not None:
             original.model.generation_config.save_pretrained(writer.folder)
         writer.add_text("README.md", model_card(original.name, self.config, self.settings))
-
-
-def _fingerprint(original: Original, settings: Settings) -> dict[str, Any]:
-    return asdict(settings) | {
-        "model": original.name,
-        "weights": original.weights.fingerprint(),
-        "program": vllm_offq.__version__,
-    }
 
 
 def _batch_size(samples: int, sequence_length: int) -> int:

@@ -1,7 +1,6 @@
 """What an interrupted run leaves on disk, so that a later one goes on where it stopped."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_offq.checkpoint_writer import RESUME, CheckpointWriter, partial_folder
+from vllm_offq.checkpoint_writer import RESUME, CheckpointWriter
 from vllm_offq.errors import UserError
+from vllm_offq.output_folder import CONTENT, fsync, partial_folder
 
 STATE = "state.json"
 
@@ -29,8 +29,9 @@ class State:
 
 
 def unfinished(out: Path) -> bool:
-    """Whether an earlier run to this folder can be resumed."""
-    return (partial_folder(out) / RESUME / STATE).is_file()
+    """Whether an earlier run to this folder can be resumed: neither published nor discarded."""
+    folder = partial_folder(out)
+    return (folder / CONTENT).is_dir() and (folder / RESUME / STATE).is_file()
 
 
 class SavedRun:
@@ -42,7 +43,7 @@ class SavedRun:
 
     def __init__(self, writer: CheckpointWriter, fingerprint: dict[str, Any], resume: bool) -> None:
         self._writer = writer
-        self._folder = writer.folder / RESUME
+        self._folder = writer.work / RESUME
         self._folder.mkdir(exist_ok=True)
         self.state = State(fingerprint)
         writer.keep = resume  # also where it is refused below
@@ -63,6 +64,7 @@ class SavedRun:
         save_file(
             {key: value.cpu().contiguous() for key, value in tensors.items()}, unfinished_path
         )
+        fsync(unfinished_path)
         unfinished_path.replace(path)
 
     def drop(self, name: str) -> None:
@@ -72,14 +74,15 @@ class SavedRun:
     def commit(self) -> None:
         """Everything so far counts: from now on an interruption loses only what comes after."""
         self._writer.commit()
+        fsync(self._writer.work)
+        fsync(self._folder)  # before there is a state that counts on what is in it
         self.state.parts = self._writer.parts
         path = self._folder / STATE
         unfinished_path = path.with_suffix(".unfinished")
-        with unfinished_path.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self.state), file)
-            file.flush()
-            os.fsync(file.fileno())
+        unfinished_path.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+        fsync(unfinished_path)
         unfinished_path.replace(path)
+        fsync(self._folder)
         self._writer.keep = True
 
     def _path(self, name: str) -> Path:
@@ -99,12 +102,12 @@ def _read(path: Path) -> State:
 def _compare(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     now = json.loads(json.dumps(now))
     different = [
-        f"{key} was {before.get(key)!r} and is {value!r}"
-        for key, value in now.items()
-        if before.get(key) != value
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in before | now
+        if before.get(key) != now.get(key)
     ]
     if different:
         raise UserError(
             f"the unfinished run to {out} was another: {'; '.join(different)}; repeat it with the "
-            "settings that it had, or start anew with --no-resume"
+            "model and settings that it had, or start anew with --no-resume"
         )

@@ -1,9 +1,7 @@
 """Writes an OffQ checkpoint so that an interrupted run leaves nothing under the final name."""
 
 import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_offq.errors import UserError
-from vllm_offq.format import CONFIG_FILE, INDEX_FILE
+from vllm_offq.format import INDEX_FILE
+from vllm_offq.output_folder import OutputFolder, fsync
 
 MAX_SHARD_BYTES = 2**29
 """Tensors of one shard are in memory together while it is written."""
 PART = "part-"
 """Prefix of files that become shards at the end, when their number is known."""
 RESUME = "resume"
-"""Folder in the hidden one for what a resumed run needs; it does not become part of the model."""
+"""Folder beside them for what else a resumed run needs."""
 
 
 class CheckpointWriter:
@@ -30,7 +29,7 @@ class CheckpointWriter:
 
     A context manager. When the block ends with an exception (KeyboardInterrupt included) nothing
     stands, or changes, under the final name; the hidden folder is removed, unless `keep` is set
-    because a later run can go on with it.
+    because a later run can go on with it. A kill leaves the same, at any moment: OutputFolder.
 
     out: the final folder. overwrite: replace a model that stands there, at the very end.
     resume: start with what an earlier run left in the hidden folder, see `adopt`.
@@ -50,62 +49,37 @@ class CheckpointWriter:
         expected_bytes: int | None = None,
         prefix: str = "",
     ) -> None:
-        self.out = Path(out).resolve()
-        self.folder = partial_folder(self.out)
+        self._output = OutputFolder(out, overwrite, expected_bytes)
+        self.out = self._output.out
+        self.folder = self._output.content
         """Other files of the checkpoint (the tokenizer's) may be saved here."""
+        self.work = self._output.work
+        """For what a resumed run needs; it does not become part of the model."""
         self.keep = False
-        """Leave the folder behind when the block ends with an exception."""
+        """Leave it behind when the block ends with an exception."""
         self.parts: list[str] = []
         """Files that hold what has been committed, in order."""
         self.sizes: dict[str, int] = {}
         """Bytes of every tensor that was added."""
-        self._overwrite = overwrite
         self._resume = resume
         self._max_shard_bytes = max_shard_bytes
         self._prefix = prefix
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._replaced: dict[str, Tensor] = {}
-        if self.out.exists():
-            if not overwrite:
-                raise UserError(f"{self.out} exists; choose another folder or pass --overwrite")
-            if not _is_replaceable(self.out):
-                raise UserError(
-                    f"{self.out} is neither a model folder nor empty, so it will not be "
-                    "overwritten; choose another folder"
-                )
-        parent = next(folder for folder in self.out.parents if folder.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-            raise UserError(f"cannot write to {parent}; choose another output folder")
-        free = shutil.disk_usage(parent).free
-        if expected_bytes is not None and free < expected_bytes:
-            raise UserError(
-                f"the checkpoint needs {expected_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB "
-                f"are free at {parent}; free some space or choose another output folder"
-            )
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise UserError(
-                f"another run is writing {self.out}; wait for it or choose another folder"
-            ) from None
-        if not self._resume:
-            _clear(self.folder)
+        self._output.open(self._resume)
         return self
 
     def adopt(self, parts: Sequence[str]) -> None:
         """Take over the parts of an earlier run; parts beyond these are removed."""
-        for path in self.folder.glob(f"{PART}*"):
+        for path in self.work.glob(f"{PART}*"):
             if path.name not in parts:
                 path.unlink()
-        for part in parts:
+        for part in parts:  # mapped: nothing but the headers is read
             self.sizes |= {
-                name: tensor.nbytes for name, tensor in load_file(self.folder / part).items()
+                name: tensor.nbytes for name, tensor in load_file(self.work / part).items()
             }
         self.parts = list(parts)
 
@@ -127,9 +101,9 @@ class CheckpointWriter:
         """Put all that was added on disk, in a part of its own."""
         if not self._pending:
             return
-        path = self.folder / f"{PART}{len(self.parts) + 1:05d}"
+        path = self.work / f"{PART}{len(self.parts) + 1:05d}"
         save_file(self._pending, path, metadata={"format": "pt"})
-        _fsync(path)
+        fsync(path)
         self.parts.append(path.name)
         self._pending = {}
         self._pending_bytes = 0
@@ -139,7 +113,7 @@ class CheckpointWriter:
         self.commit()
         found: dict[str, Tensor] = {}
         for part in self.parts:
-            with safe_open(self.folder / part, framework="pt") as file:
+            with safe_open(self.work / part, framework="pt") as file:
                 found |= {
                     name.removeprefix(self._prefix): file.get_tensor(name)
                     for name in file.keys()  # noqa: SIM118 - not a dict
@@ -168,23 +142,18 @@ class CheckpointWriter:
         traceback: TracebackType | None,
     ) -> None:
         error = exception
-        try:
-            if error is None:
-                try:
-                    self._finish()
-                    return
-                except BaseException as failure:
-                    error = failure
-            if not self.keep:
-                shutil.rmtree(self.folder, ignore_errors=True)
-        finally:
-            os.close(self._lock)
-        if _is_disk_full(error):
+        if error is None:
+            try:
+                self._finish()
+            except BaseException as failure:
+                error = failure
+        self._output.close(self.keep)
+        if error is not None and _is_disk_full(error):
             raise UserError(
                 f"no space left on the disk of {self.out.parent}; free some space or choose "
                 "another output folder"
             ) from error
-        if error is not exception:
+        if error is not None and error is not exception:
             raise error
 
     def _finish(self) -> None:
@@ -193,7 +162,6 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         for number, parts in enumerate(groups, 1):
             path = self.folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            path.unlink(missing_ok=True)  # of a run that was killed here
             if len(parts) == 1 and not self._replaced:
                 _link(parts[0], path)
             else:
@@ -210,46 +178,20 @@ class CheckpointWriter:
         for path in self.folder.glob("*.safetensors"):
             path.chmod(mode)  # safetensors leaves them readable by the owner alone
         for path in [*self.folder.rglob("*"), self.folder]:
-            _fsync(path)
-        self._publish()
-        # Only now, so that a run killed before can be resumed.
-        for name in self.parts:
-            (self.out / name).unlink()
-        shutil.rmtree(self.out / RESUME, ignore_errors=True)
-        _fsync(self.out.parent)
+            fsync(path)
+        self._output.publish()
 
     def _shards(self) -> list[list[Path]]:
         """The parts that go into each shard: as many as fit, at least one."""
         shards: list[list[Path]] = []
         size = 0
-        for path in (self.folder / name for name in self.parts):
+        for path in (self.work / name for name in self.parts):
             size += path.stat().st_size
             if not shards or size > self._max_shard_bytes:
                 shards.append([])
                 size = path.stat().st_size
             shards[-1].append(path)
         return shards
-
-    def _publish(self) -> None:
-        if not self.out.exists():
-            self.folder.rename(self.out)
-            return
-        if not self._overwrite:
-            raise UserError(f"{self.out} was made by someone else meanwhile; choose another folder")
-        replaced = self.folder.with_suffix(".replaced")
-        self.out.rename(replaced)
-        try:
-            self.folder.rename(self.out)
-        except BaseException:
-            replaced.rename(self.out)
-            raise
-        shutil.rmtree(replaced)
-
-
-def partial_folder(out: Path) -> Path:
-    """Where a checkpoint grows until it is complete."""
-    out = Path(out).resolve()
-    return out.parent / f".{out.name}.partial"
 
 
 def _link(source: Path, path: Path) -> None:
@@ -259,34 +201,8 @@ def _link(source: Path, path: Path) -> None:
         shutil.copyfile(source, path)
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _is_replaceable(path: Path) -> bool:
-    if not path.is_dir():
-        return False
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return not any(path.iterdir())
-    return isinstance(config, dict) and "model_type" in config
-
-
 def _is_disk_full(error: BaseException) -> bool:
     # safetensors and tokenizers wrap the operating system's error into their own.
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
         f"os error {errno.ENOSPC}" in str(error)
     )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

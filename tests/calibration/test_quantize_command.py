@@ -1,6 +1,7 @@
 """`offq quantize` on the command line: what it says, and how it refuses."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -143,6 +144,41 @@ def test_what_is_no_model_is_refused(
     with pytest.raises(UserError, match=source):
         quantize(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("model", "model"),
+        ("model", "link"),
+        ("link", "model"),
+        ("model", "."),
+        ("model/some.gguf", "model"),
+        ("elsewhere", "model"),
+        (".", "."),
+    ],
+)
+def test_a_model_is_not_written_over_itself(
+    source: str,
+    out: str,
+    overwrite: bool,
+    original: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    shutil.copytree(original, tmp_path / "model")
+    (tmp_path / "model" / "some.gguf").write_bytes(b"GGUF")
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "elsewhere").mkdir()  # its weights are links, as in the hub's cache
+    for file in (tmp_path / "model").iterdir():
+        (tmp_path / "elsewhere" / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="from which the original is read"):
+        quantize(source, out, overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_existing_folder_is_kept_unless_overwritten(

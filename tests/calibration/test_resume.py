@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from calibration import cli, pipeline
 from calibration.pipeline import quantize
 from calibration.settings import Settings
 from vllm_offq.checkpoint import CheckpointWriter, validate_checkpoint
-from vllm_offq.checkpoint_writer import RESUME, partial_folder
+from vllm_offq.checkpoint_writer import RESUME
 from vllm_offq.errors import UserError
+from vllm_offq.output_folder import CONTENT, partial_folder
 
 LAYERS = 5
 
@@ -160,6 +162,37 @@ def test_other_settings_do_not_go_on(
     validate_checkpoint(out)
 
 
+@pytest.mark.parametrize(
+    ("file", "before", "after", "sentence"),
+    [
+        ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1', "config.rms_norm_eps was"),
+        ("config.json", '"rope_theta": 10000.0', '"rope_theta": 500.0', "rope_theta was 10000.0"),
+        ("tokenizer.json", '"#"', '"\u2603"', "tokenizer was"),
+    ],
+)
+def test_a_changed_model_does_not_go_on(
+    file: str,
+    before: str,
+    after: str,
+    sentence: str,
+    original: Path,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, out = Path(shutil.copytree(original, tmp_path / "model")), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(1, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(model), out, settings)
+    text = (model / file).read_text()
+    assert before in text
+    (model / file).write_text(text.replace(before, after))
+    with pytest.raises(UserError, match=f"was another: [^;]*{sentence}[^;]*; repeat it"):
+        quantize(str(model), out, settings, resume=True)
+    assert layers_done(out) == 1
+
+
 def test_a_run_stopped_at_its_beginning_leaves_nothing(
     original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +212,8 @@ def test_an_unreadable_state_is_refused(
 ) -> None:
     out = tmp_path / "out"
     state = partial_folder(out) / RESUME / "state.json"
-    state.parent.mkdir(parents=True)
+    (partial_folder(out) / CONTENT).mkdir(parents=True)
+    state.parent.mkdir()
     state.write_text("{")
     with pytest.raises(UserError, match="--no-resume"):
         quantize(str(original), out, settings, resume=True)

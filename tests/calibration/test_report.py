@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from sample_report import NOTHING_OPTIONAL, sample_report
 
 from calibration.cli import main
+from calibration.experts import LEAST_SHARE
 from calibration.report import HTML_FILE, JSON_FILE, Report, read_report, size_kind, write_report
 from calibration.report.page import report_page
 from vllm_offq.errors import UserError
@@ -109,7 +110,7 @@ def test_a_page_shows_what_the_report_has(report: Report) -> None:
         "What happens to outliers": report.histograms is not None,
         "Where outliers point": report.spectrum is not None,
         "What rounding the weights costs": any("layers" in name for name in report.output_error),
-        "How many tokens the experts saw": report.expert_counts is not None,
+        "How many tokens the experts were sent": report.expert_counts is not None,
     }
     for heading, expected in headings.items():
         assert (heading in page) is expected, heading
@@ -133,6 +134,13 @@ def test_the_page_leads_with_what_a_newcomer_asks() -> None:
         "9.0% for the worst, model.layers.1.mlp.down_proj",
     ):
         assert words in lead
+
+
+def test_the_page_tells_what_experts_were_sent_from_what_they_saw() -> None:
+    page = " ".join(report_page(sample_report(experts=2)).split())
+    assert "was sent few tokens, on the axis none, was rounded mostly on others" in page
+    assert f"fill up to one in {LEAST_SHARE} of all" in page
+    assert "saw" not in page
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The original model, without its weights until they are asked for."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,18 +11,13 @@ from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import set_module_tensor_to_device
 from gguf import GGUFReader
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from calibration.architectures import Architecture, find_architecture
@@ -31,11 +25,9 @@ from calibration.devices import CPU, device_of, dispatch, places
 from calibration.experts import separate_experts
 from calibration.memory import release_freed
 from calibration.multimodal import Surroundings, plain_name, surroundings
+from calibration.source import class_names, generation_config, locate, read_config
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
-from vllm_offq.errors import UserError
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+from vllm_offq.errors import UserError, reason
 
 
 @dataclass
@@ -148,21 +140,22 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
     (GGUF files excepted: they are dequantized, in memory as a whole), or damaged.
     """
     disable_progress_bar()
-    folder, arguments = _locate(source)
-    try:
-        config = AutoConfig.from_pretrained(folder, **arguments)
-    except Exception as error:  # transformers raises whatever its parsers do
-        raise UserError(f"{source} has no readable model configuration: {_first(error)}") from None
+    folder, arguments = locate(source)
+    config = read_config(source, folder, arguments)
     gguf = "gguf_file" in arguments
     if getattr(config, "quantization_config", None) is not None and not gguf:
         raise UserError(f"{source} is quantized already; give the original 16-bit model")
     around = surroundings(config, Path(folder))
     if around is not None:
         config = around.language_config
-    architecture = _architecture(config)
+    names = class_names(config.architectures, config.model_type)
+    architecture = find_architecture(names).of(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        weights: Weights
+    except Exception as error:
+        raise UserError(f"{source} has no tokenizer that loads ({reason(error)})") from None
+    weights: Weights
+    try:
         if gguf and architecture.num_experts:
             raise UserError(f"{source} is a mixture of experts in GGUF; give its original folder")
         if gguf:
@@ -177,10 +170,11 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
         raise
     except Exception as error:
         raise UserError(
-            f"{source} cannot be loaded, it may be incomplete: {_first(error)}"
+            f"{source} cannot be loaded, its files may be incomplete or its configuration wrong "
+            f"({reason(error)})"
         ) from None
     skeleton.config.quantization_config = None
-    skeleton.generation_config = _generation_config(folder) or skeleton.generation_config
+    skeleton.generation_config = generation_config(folder) or skeleton.generation_config
     return Original(
         name=Path(source).name if Path(source).exists() else source,
         model=skeleton,
@@ -203,48 +197,9 @@ def _skeleton(config: Any, architecture: Architecture, device: torch.device) -> 
     return model.eval().requires_grad_(False)
 
 
-def _generation_config(folder: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except OSError:  # there is none
-        return None
-
-
-def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    path = Path(source)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(f"{source} is a file but no .gguf; give a model folder, hub id or GGUF")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{source} is no model folder: it has no config.json")
-        return str(path), {}
-    if not HUB_ID.fullmatch(source):
-        raise UserError(f"{source} does not exist and is no hub id (owner/name)")
-    try:
-        return snapshot_download(source, allow_patterns=FILES), {}
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{source} is no local folder and cannot be fetched from the hub: {_first(error)}"
-        ) from None
-
-
 def put_bos(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
     """Make it begin prompts with BOS if the file says so: transformers overlooks it, and a model
     that was trained with BOS (Gemma) is unusable without."""
     says = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
     if says is not None:
         tokenizer.add_bos_token = bool(says.contents())
-
-
-def _architecture(config: Any) -> Architecture:
-    names = config.architectures
-    if not names:  # a GGUF names its model type only
-        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
-    return find_architecture(names).of(config)
-
-
-def _first(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -29,6 +29,11 @@ from calibration.source import class_names, generation_config, locate, read_conf
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
 from vllm_offq.errors import UserError, reason
 
+COMPUTED = ".rotary_emb.inv_freq"
+"""Ends names of tables that old checkpoints hold and nobody reads."""
+NAMED = 4
+"""Tensors that a refusal lists."""
+
 
 @dataclass
 class Original:
@@ -137,7 +142,8 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
     """Open a model for calibration on devices. Code from the checkpoint is never run.
 
     Raises: UserError if source is no model, of an unsupported architecture, quantized already
-    (GGUF files excepted: they are dequantized, in memory as a whole), or damaged.
+    (GGUF files excepted: they are dequantized, in memory as a whole), damaged, or has tensors in
+    its blocks that its configuration does not name.
     """
     disable_progress_bar()
     folder, arguments = locate(source)
@@ -166,6 +172,7 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
         else:
             weights = ShardedWeights(Path(folder), plain_name if around else str)
         skeleton = _skeleton(config, architecture, devices[0])
+        _refuse_unnamed(source, weights, skeleton, architecture)
     except UserError:
         raise
     except Exception as error:
@@ -195,6 +202,28 @@ def _skeleton(config: Any, architecture: Architecture, device: torch.device) -> 
     for name, buffer in list(model.named_buffers()):
         set_module_tensor_to_device(model, name, device, buffer)
     return model.eval().requires_grad_(False)
+
+
+def _refuse_unnamed(
+    source: str, weights: Weights, skeleton: PreTrainedModel, architecture: Architecture
+) -> None:
+    """Raises: UserError for tensors of decoder blocks that would be lost without a word."""
+    named = {architecture.stored(name) for name, _ in skeleton.named_parameters()}
+    unnamed = [
+        name
+        for name in weights.names
+        if name.startswith(f"{architecture.layers}.")
+        and not name.endswith(COMPUTED)
+        and name not in named
+    ]
+    if unnamed:
+        more = f" and {len(unnamed) - NAMED} more" if len(unnamed) > NAMED else ""
+        raise UserError(
+            f"{source} has tensors that its configuration, of {skeleton.config.num_hidden_layers} "
+            f"layers, does not name: {', '.join(unnamed[:NAMED])}{more}; correct config.json, or "
+            "where the model does without (layers of multi-token prediction) quantize a copy that "
+            "has them removed"
+        )
 
 
 def put_bos(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:

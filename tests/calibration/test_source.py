@@ -79,7 +79,7 @@ def test_the_user_is_not_asked_about_code_of_the_model(
 
 def test_a_folder_without_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="has no tokenizer that loads .* library serialization"):
+    with pytest.raises(UserError, match=r"has no tokenizer that loads .* library serialization"):
         load_original(str(model))
 
 

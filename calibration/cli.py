@@ -42,11 +42,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `quantize` a command by name, however many there are."""
-
-
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF file.")],

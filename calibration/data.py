@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calibration.data_documents import read_documents
-from calibration.data_self import write_itself
+from calibration.data_self import refuse_foreign, write_itself
 from calibration.data_sources import SELF, shares
 from vllm_offq.errors import UserError
 from vllm_offq.evaluate import prompt_start
@@ -26,7 +26,8 @@ def calibration_tokens(
 
     sources: values of --calibration, SOURCE or SOURCE=WEIGHT; the sequences come in their order.
     advance: called with the number of tokens made, samples * sequence_length in all at most.
-    Raises: UserError if a source cannot be read or holds too few tokens.
+    Raises: UserError if a source cannot be read, holds too few tokens, or some that the model does
+    not have.
     """
     parts = []
     for source, count in shares(sources, samples).items():
@@ -34,6 +35,7 @@ def calibration_tokens(
             parts.append(write_itself(model, tokenizer, count, sequence_length, seed, advance))
         else:
             parts.append(_pack(source, tokenizer, count, sequence_length, seed))
+            refuse_foreign(int(parts[-1].max()), model)
             advance(parts[-1].numel())
     return torch.cat(parts)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from calibration.data_sources import BUILT_IN, SELF
-from vllm_offq.errors import UserError
+from vllm_offq.errors import UserError, reason
 
 LIBRARY_FORMATS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Files that the datasets library reads; .jsonl is read here, for line numbers in errors."""
@@ -110,7 +110,7 @@ def _library_file(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
         for row in _stream(seed, format_name, data_files=glob.escape(str(path)), split="train"):
             yield where, row
     except Exception as error:  # whatever the library raises
-        raise UserError(f"{where} cannot be read ({_reason(error)})") from None
+        raise UserError(f"{where} cannot be read ({reason(error)})") from None
 
 
 def _dataset(source: str, seed: int) -> Iterator[tuple[str, Any]]:
@@ -125,7 +125,7 @@ def _dataset(source: str, seed: int) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # whatever the library or the network raises
         raise UserError(
             f"calibration source {source} is neither a file nor a dataset that can be loaded "
-            f"({_reason(error)}); give a text file, one of {', '.join(BUILT_IN)}, or {SELF}, "
+            f"({reason(error)}); give a text file, one of {', '.join(BUILT_IN)}, or {SELF}, "
             "which needs no network"
         ) from None
 
@@ -135,10 +135,6 @@ def _stream(seed: int, *arguments: Any, **options: Any) -> Iterator[Any]:
 
     rows = load_dataset(*arguments, **options, streaming=True)
     yield from rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _document(record: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Document:
@@ -176,5 +172,5 @@ def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, wh
             present, tokenize=False, strftime_now=TEMPLATE_DATE.strftime
         )
     except Exception as error:  # whatever the template raises
-        raise UserError(f"{where}: the chat template refuses it ({_reason(error)})") from None
+        raise UserError(f"{where}: the chat template refuses it ({reason(error)})") from None
     return str(text)

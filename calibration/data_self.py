@@ -40,7 +40,8 @@ def write_itself(
     """Text sampled from the model at temperature 1, from its start token on.
 
     Returns: token ids, [samples, sequence_length] int64. advance is called with the tokens of
-    each step. Raises: UserError if the tokenizer has no token to start from.
+    each step. Raises: UserError if the tokenizer has no token to start from, or one that the model
+    does not have.
     """
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
@@ -48,6 +49,7 @@ def write_itself(
         raise UserError(
             "the tokenizer has no BOS or EOS token to start writing from; give --calibration FILE"
         )
+    refuse_foreign(start, model)
     generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
     torch.manual_seed(seed)
     sequences = []
@@ -68,3 +70,12 @@ def write_itself(
             )
         )
     return torch.cat(sequences).cpu()
+
+
+def refuse_foreign(token: int, model: PreTrainedModel) -> None:
+    """Raises: UserError if the token is not of the model's vocabulary."""
+    if token >= (size := model.config.vocab_size):
+        raise UserError(
+            f"the tokenizer gives token {token}, but the model has only {size}, from 0 on; give "
+            "the model with the tokenizer that it was trained with"
+        )

@@ -24,7 +24,7 @@ def usable_devices(name: str) -> tuple[torch.device, ...]:
         device = torch.device("cuda" if name == ALL else name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or (device != CPU and device.type != "cuda"):
         raise UserError(
             f"--device {name} is not supported; choose cpu, cuda, cuda:N or {ALL} (all GPUs)"
         )

@@ -1,14 +1,18 @@
 """`offq inspect`: what a checkpoint holds, what it weighs, how it was made, whether it is sound."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vllm_offq.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm_offq.format import CheckpointConfig
 
 
 def inspect(
@@ -35,37 +39,18 @@ def inspect(
 
 def describe(checkpoint: Any) -> dict[str, Any]:
     """Sizes and settings of a vllm_offq.checkpoint.Checkpoint, from its headers alone."""
-    from vllm_offq.architectures import HEAD
-    from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE
-    from vllm_offq.wrappers import PREFIX, is_rest
-
-    kinds = {
-        WEIGHT_PACKED: "quantized weights",
-        WEIGHT_SCALE: "weight scales",
-        KEY_ROTATION: "key rotations",
-    }
     tensors: dict[str, dict[str, int]] = {}
     for name in checkpoint.names:
-        last = name.rpartition(".")[2]
-        outside = "embedding and head" if "layers" not in name else "norms and biases"
-        kind = kinds.get(last, "norms and biases" if "norm" in name else outside)
-        if "layers" not in name and last == WEIGHT_PACKED:
-            is_head = name.removeprefix(PREFIX).startswith(HEAD)
-            kind = "head, 8 bit" if is_head else "embedding, 8 bit"
-        elif "layers" not in name and last == WEIGHT_SCALE:
-            kind = "scales of 8 bit"
-        if is_rest(name):
-            kind = "image encoder"
+        kind, bits = _kind(name, checkpoint.config)
         entry = tensors.setdefault(kind, {"tensors": 0, "parameters": 0, "bytes": 0})
-        count = 1
-        for size in checkpoint.shape(name):
-            count *= size
+        count = math.prod(checkpoint.shape(name))
+        num_bytes = count * checkpoint.dtype(name).itemsize
         entry["tensors"] += 1
-        entry["parameters"] += 2 * count if kind == "quantized weights" else count
-        entry["bytes"] += count * checkpoint.dtype(name).itemsize
+        entry["parameters"] += count if bits is None else 8 * num_bytes // bits
+        entry["bytes"] += num_bytes
     quantized = tensors.get("quantized weights", {"parameters": 0, "bytes": 0})
     scales = tensors.get("weight scales", {"bytes": 0})
-    bits = 8 * (quantized["bytes"] + scales["bytes"]) / max(quantized["parameters"], 1)
+    bits_per_weight = 8 * (quantized["bytes"] + scales["bytes"]) / max(quantized["parameters"], 1)
     files = [path.stat().st_size for path in checkpoint.path.iterdir() if path.is_file()]
     return {
         "path": str(checkpoint.path),
@@ -74,9 +59,35 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         "bytes": sum(entry["bytes"] for entry in tensors.values()),
         "bytes_on_disk": sum(files),
         "shards": len(checkpoint.shard_names),
-        "bits_per_quantized_weight": bits,
+        "bits_per_quantized_weight": bits_per_weight,
         "quantization_config": checkpoint.config.model_dump(),
     }
+
+
+def _kind(name: str, config: "CheckpointConfig") -> tuple[str, int | None]:
+    """What a tensor counts as, and the bits of the codes that it holds, if it holds some."""
+    from vllm_offq.architectures import HEAD
+    from vllm_offq.format import KEY_ROTATION, WEIGHT_PACKED, WEIGHT_SCALE
+    from vllm_offq.wrappers import PREFIX, is_rest
+
+    module, _, last = name.rpartition(".")
+    if is_rest(name):
+        return "image encoder", None
+    if "norm" in name:
+        return "norms and biases", None
+    if "layers" in name:
+        if last == WEIGHT_PACKED:
+            return "quantized weights", config.weights.bits
+        kinds = {WEIGHT_SCALE: "weight scales", KEY_ROTATION: "key rotations"}
+        other = "linears, 16 bit" if config.is_ignored(module) else "norms and biases"
+        return kinds.get(last, other), None
+    if last == WEIGHT_SCALE:
+        return "scales of embedding and head", None
+    is_head = name.removeprefix(PREFIX).startswith(HEAD)
+    end = config.head if is_head else config.embedding
+    if last != WEIGHT_PACKED or end is None:
+        return "embedding and head", None
+    return f"{'head' if is_head else 'embedding'}, {end.bits} bit", end.bits
 
 
 def _print(content: dict[str, Any], problem: UserError | None) -> None:
@@ -128,8 +139,9 @@ def _print(content: dict[str, Any], problem: UserError | None) -> None:
         if cache
         else "vLLM's own",
     )
-    if config["head"]:
-        settings.add_row("head", f"8 bits, input in groups of {config['head']['group_size']}")
+    if head := config["head"]:
+        groups = f"input of 8 in groups of {head['group_size']}"
+        settings.add_row("head", f"{head['bits']} bits, {groups}")
     sixteen = [*config["ignore"], *([] if config["embedding"] else ["embedding"]), "norms"]
     settings.add_row("16 bit", ", ".join(sixteen))
     settings.add_row("format", f"version {config['format_version']}, {config['produced_by']}")

@@ -1,6 +1,5 @@
 """The original model, without its weights until they are asked for."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,29 +11,27 @@ from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import set_module_tensor_to_device
 from gguf import GGUFReader
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from calibration.architectures import Architecture, find_architecture
 from calibration.devices import CPU, device_of, dispatch, places
 from calibration.experts import separate_experts
 from calibration.multimodal import Surroundings, plain_name, surroundings
+from calibration.source import class_names, generation_config, locate, read_config
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
-from vllm_offq.errors import UserError
+from vllm_offq.errors import UserError, reason
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+COMPUTED = ".rotary_emb.inv_freq"
+"""Ends names of tables that old checkpoints hold and nobody reads."""
+NAMED = 4
+"""Tensors that a refusal lists."""
 
 
 @dataclass
@@ -143,24 +140,26 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
     """Open a model for calibration on devices. Code from the checkpoint is never run.
 
     Raises: UserError if source is no model, of an unsupported architecture, quantized already
-    (GGUF files excepted: they are dequantized, in memory as a whole), or damaged.
+    (GGUF files excepted: they are dequantized, in memory as a whole), damaged, or has tensors in
+    its blocks that its configuration does not name.
     """
     disable_progress_bar()
-    folder, arguments = _locate(source)
-    try:
-        config = AutoConfig.from_pretrained(folder, **arguments)
-    except Exception as error:  # transformers raises whatever its parsers do
-        raise UserError(f"{source} has no readable model configuration: {_first(error)}") from None
+    folder, arguments = locate(source)
+    config = read_config(source, folder, arguments)
     gguf = "gguf_file" in arguments
     if getattr(config, "quantization_config", None) is not None and not gguf:
         raise UserError(f"{source} is quantized already; give the original 16-bit model")
     around = surroundings(config, Path(folder))
     if around is not None:
         config = around.language_config
-    architecture = _architecture(config)
+    names = class_names(config.architectures, config.model_type)
+    architecture = find_architecture(names).of(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        weights: Weights
+    except Exception as error:
+        raise UserError(f"{source} has no tokenizer that loads ({reason(error)})") from None
+    weights: Weights
+    try:
         if gguf and architecture.num_experts:
             raise UserError(f"{source} is a mixture of experts in GGUF; give its original folder")
         if gguf:
@@ -171,14 +170,16 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
         else:
             weights = ShardedWeights(Path(folder), plain_name if around else str)
         skeleton = _skeleton(config, architecture, devices[0])
+        _refuse_unnamed(source, weights, skeleton, architecture)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{source} cannot be loaded, it may be incomplete: {_first(error)}"
+            f"{source} cannot be loaded, its files may be incomplete or its configuration wrong "
+            f"({reason(error)})"
         ) from None
     skeleton.config.quantization_config = None
-    skeleton.generation_config = _generation_config(folder) or skeleton.generation_config
+    skeleton.generation_config = generation_config(folder) or skeleton.generation_config
     return Original(
         name=Path(source).name if Path(source).exists() else source,
         model=skeleton,
@@ -212,31 +213,26 @@ def _skeleton(config: Any, architecture: Architecture, device: torch.device) -> 
     return model.eval().requires_grad_(False)
 
 
-def _generation_config(folder: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except OSError:  # there is none
-        return None
-
-
-def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    path = Path(source)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(f"{source} is a file but no .gguf; give a model folder, hub id or GGUF")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{source} is no model folder: it has no config.json")
-        return str(path), {}
-    if not HUB_ID.fullmatch(source):
-        raise UserError(f"{source} does not exist and is no hub id (owner/name)")
-    try:
-        return snapshot_download(source, allow_patterns=FILES), {}
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+def _refuse_unnamed(
+    source: str, weights: Weights, skeleton: PreTrainedModel, architecture: Architecture
+) -> None:
+    """Raises: UserError for tensors of decoder blocks that would be lost without a word."""
+    named = {architecture.stored(name) for name, _ in skeleton.named_parameters()}
+    unnamed = [
+        name
+        for name in weights.names
+        if name.startswith(f"{architecture.layers}.")
+        and not name.endswith(COMPUTED)
+        and name not in named
+    ]
+    if unnamed:
+        more = f" and {len(unnamed) - NAMED} more" if len(unnamed) > NAMED else ""
         raise UserError(
-            f"{source} is no local folder and cannot be fetched from the hub: {_first(error)}"
-        ) from None
+            f"{source} has tensors that its configuration, of {skeleton.config.num_hidden_layers} "
+            f"layers, does not name: {', '.join(unnamed[:NAMED])}{more}; correct config.json, or "
+            "where the model does without (layers of multi-token prediction) quantize a copy that "
+            "has them removed"
+        )
 
 
 def put_bos(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
@@ -245,15 +241,3 @@ def put_bos(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
     says = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
     if says is not None:
         tokenizer.add_bos_token = bool(says.contents())
-
-
-def _architecture(config: Any) -> Architecture:
-    names = config.architectures
-    if not names:  # a GGUF names its model type only
-        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
-    return find_architecture(names).of(config)
-
-
-def _first(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -22,8 +22,11 @@ def model_card(name: str, config: CheckpointConfig, settings: Settings) -> str:
     )
     activations = "weights and activations" if bits == 4 else f"weights, {bits}-bit activations"
     parts = f"4-bit {activations}"
+    ends = {"embedding": config.embedding, "head": config.head}
     parts += "".join(
-        f", an 8-bit {part}" for part in ("embedding", "head") if getattr(config, part) is not None
+        f", {'an 8' if end.bits == 8 else 'a 4'}-bit {part}"
+        for part, end in ends.items()
+        if end is not None
     )
     parts += " and a 4-bit KV cache" if cached else ""
     shown = asdict(settings) | {"calibration": ", ".join(settings.calibration)}

@@ -38,8 +38,8 @@ def plan(
     """The configuration that a run will write; decides every group size before any long work.
 
     model_config: the Hugging Face config; rest: paths of what is not the language model.
-    Raises: UserError naming the layer and the group sizes that can work, or what of the model is
-    not supported.
+    Raises: UserError naming the layer and the group sizes that can work, or what of the model or
+    of the settings is not supported.
     """
     recipe = RECIPES[settings.recipe]
     _refuse_variants(model_config, architecture)
@@ -47,6 +47,12 @@ def plan(
         raise UserError(
             f"--gptq-inputs {settings.gptq_inputs} is not supported for mixtures of experts, whose "
             "inputs would be calculated once for every expert; leave it out"
+        )
+    longest = model_config.max_position_embeddings
+    if settings.sequence_length > longest:
+        raise UserError(
+            f"--sequence-length {settings.sequence_length} is more than the {longest} tokens that "
+            f"the model was made for; give {longest} or less"
         )
     dim = head_size(model_config)
     widths = {
@@ -78,7 +84,7 @@ def plan(
         if recipe.grouped:
             site_group = head_group if site.name == "attention_output" else group_size
         weight_group = settings.weight_group_size
-        if weight_group and (weight_group % site_group or width % weight_group):
+        if weight_group is not None and (weight_group % site_group or width % weight_group):
             raise UserError(
                 f"weight group size {weight_group} does not work for {what}: their {width} input "
                 f"channels must be a multiple of it, and it one of the {site_group} that share a "
@@ -188,7 +194,7 @@ def pick_group_size(widths: dict[str, int], group_size: int | None) -> int:
     widths: input channels by linear.
     Raises: UserError naming the linear and the sizes that can work.
     """
-    for size in (group_size,) if group_size else DEFAULT_SIZES:
+    for size in DEFAULT_SIZES if group_size is None else (group_size,):
         if size in POSSIBLE_SIZES and all(width % size == 0 for width in widths.values()):
             return size
     tried = group_size or " or ".join(map(str, DEFAULT_SIZES))

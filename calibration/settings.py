@@ -82,6 +82,10 @@ class Settings:
             raise UserError(f"recipe {self.recipe} is unknown; choose from {', '.join(RECIPES)}")
         if self.samples < 1 or self.sequence_length < 2:
             raise UserError("--samples must be at least 1 and --sequence-length at least 2")
+        self._refuse_groups("--group-size", self.group_size)
+        self._refuse_groups("--weight-group-size", self.weight_group_size)
+        if not 0 <= self.seed < 2**64:  # what torch takes, and the datasets library
+            raise UserError(f"--seed must be from 0 to 2^64 - 1, not {self.seed}")
         if isinstance(self.calibration, str):  # or its letters would be the sources
             raise UserError(f"calibration is a tuple of sources; give ({self.calibration!r},)")
         ratio = self.clip_ratio
@@ -92,6 +96,17 @@ class Settings:
         if self.refine and self.samples < 2:
             raise UserError("--refine holds sequences aside, so --samples must be at least 2")
         shares(self.calibration, self.samples)  # refuses before a large model is read
+
+    def _refuse_groups(self, option: str, size: int | None) -> None:
+        if size is None:
+            return
+        if size < 1:
+            raise UserError(f"{option} must be positive, not {size}; leave it out for the default")
+        if not RECIPES[self.recipe].grouped:
+            raise UserError(
+                f"{option} does nothing for the recipe {self.recipe}, which has one scale for a "
+                "whole token; leave it out"
+            )
 
     @property
     def rounding(self) -> Rounding:

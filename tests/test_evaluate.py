@@ -156,6 +156,12 @@ def test_a_model_that_is_not_there() -> None:
         evaluate(["./absent"], "text")
 
 
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_a_number_of_tokens_that_is_none(tokens: int) -> None:
+    with pytest.raises(UserError, match=f"^--max-tokens must be positive, not {tokens}"):
+        evaluate(["model"], "text", max_tokens=tokens)
+
+
 def test_eval_looks_where_to_write_before_it_starts_an_engine(tmp_path: Path) -> None:
     arguments = ["eval", "model", "--text", "text.txt", "--json", f"{tmp_path}/absent/figures.json"]
     result = CliRunner().invoke(app, arguments)

@@ -70,6 +70,8 @@ def evaluate(
     """
     if sequence_length < 2 or top_logprobs < 1:
         raise UserError("the sequence length must be at least 2 and the top log-probabilities 1")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"--max-tokens must be positive, not {max_tokens}; leave it out for all")
     everything = [*models, against] if against else [*models]
     for model in everything:
         _validate(model)

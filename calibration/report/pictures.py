@@ -101,7 +101,7 @@ def num_layers(report: Report) -> int:
 
 
 def experts_by_layer(report: Report) -> dict[int, list[int]]:
-    """Tokens an expert by layer's index."""
+    """Tokens that were sent to each expert, by layer's index."""
     counts: Mapping[str, list[int]] = report.expert_counts or {}
     found = {layer_of(name): row for name, row in counts.items() if row}
     return dict(sorted((layer, row) for layer, row in found.items() if layer is not None))
@@ -136,7 +136,7 @@ def _chart(
             counts,
             width,
             identifier,
-            "Calibration tokens that each layer's experts saw",
+            "Calibration tokens that each layer's router sent to its experts",
             limits.experts,
             limits.layers,
             lambda count: f"{count:g}",

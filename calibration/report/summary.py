@@ -37,10 +37,8 @@ def tiles(report: Report) -> list[Tile]:
 def sentences(report: Report) -> list[str]:
     """What was done, what it saved, what it cost, in this order."""
     layers = num_layers(report)
-    cache = " and its key-value cache" if report.settings.get("kv_bits") == "4" else ""
     found = [
-        f"{report.model} ({layers} layers, {report.architecture}) was quantized: the weights "
-        f"and activations of its linear layers{cache} now take 4 bits instead of 16 or more. "
+        f"{report.model} ({layers} layers, {report.architecture}) was quantized: {_bits(report)}. "
         f"On disk it went from {size(report.original_bytes)} to {size(report.checkpoint_bytes)}, "
         f"{shrinkage(report):.2f} times smaller."
     ]
@@ -77,6 +75,16 @@ def all_decibels(report: Report) -> list[float]:
 def shrinkage(report: Report) -> float:
     """How many times smaller the checkpoint is than the original."""
     return report.original_bytes / max(report.checkpoint_bytes, 1)
+
+
+def _bits(report: Report) -> str:
+    eight = report.settings.get("activation_bits") == "8"
+    cached = report.settings.get("kv_bits") == "4"
+    what = f"the weights {'' if eight else 'and activations '}of its linear layers"
+    what += " and its key-value cache" if cached else ""
+    bits = "4 bits, the activations 8," if eight else "4 bits"
+    rest = "" if cached else "; its key-value cache stays as it was"
+    return f"{what} now take {bits} instead of 16 or more{rest}"
 
 
 def _refinement(refinement: Refinement) -> str:

@@ -114,7 +114,9 @@ def test_texts_end_in_eos(loaded: Loaded) -> None:
     assert "many. Document" not in text and "many. </s>Document" in text
 
 
-def test_bos_begins_every_sequence_and_is_nowhere_else(tokenizer: Tokenizer) -> None:
+def test_bos_begins_every_sequence_and_is_nowhere_else(
+    loaded: Loaded, tokenizer: Tokenizer
+) -> None:
     """As a server does it, though the chat template writes BOS itself."""
     from tokenizers.processors import TemplateProcessing
 
@@ -125,7 +127,7 @@ def test_bos_begins_every_sequence_and_is_nowhere_else(tokenizer: Tokenizer) -> 
     tokenizer.chat_template = "{{ bos_token }}" + str(tokenizer.chat_template)
     for source in ("chat.jsonl", "text.jsonl"):
         records = numbered() if source == "text.jsonl" else [{"messages": CHAT}] * 99
-        tokens = tokens_of((None, tokenizer), write_jsonl(source, records))
+        tokens = tokens_of((loaded[0], tokenizer), write_jsonl(source, records))
         assert (tokens[:, 0] == bos).all() and not (tokens[:, 1:] == bos).any()
 
 
@@ -135,10 +137,10 @@ def test_chats_go_through_the_template(loaded: Loaded) -> None:
     assert "<|user|>moon\n<|assistant|>It flew.\n<|us" in text  # and EOS is the template's
 
 
-def test_the_date_of_a_template_is_always_the_same(tokenizer: Tokenizer) -> None:
+def test_the_date_of_a_template_is_always_the_same(loaded: Loaded, tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = "{{ strftime_now('%Y') }} {{ messages[0]['content'] }} "
     source = write_jsonl("chat.jsonl", [{"messages": CHAT}] * 80)
-    text = tokenizer.decode(tokens_of((None, tokenizer), source)[0])
+    text = tokenizer.decode(tokens_of((loaded[0], tokenizer), source)[0])
     assert "moon 2024 moon" in text and str(date.today().year) not in text
 
 
@@ -165,14 +167,14 @@ def test_a_column_of_a_file(loaded: Loaded, name: str) -> None:
             tokens_of(loaded, wrong)
 
 
-def test_chats_of_parquet_lack_what_they_lack(tokenizer: Tokenizer) -> None:
+def test_chats_of_parquet_lack_what_they_lack(loaded: Loaded, tokenizer: Tokenizer) -> None:
     """Parquet fills in None for what only other messages have."""
     tokenizer.chat_template = (
         "{% for m in messages %}{{ 'TOOL' if m.tool is defined else m.content }} {% endfor %}"
     )
     messages = [{"role": "user", "content": "moon"}, {"role": "tool", "tool": "lamp"}]
     Dataset.from_dict({"messages": [messages] * 90}).to_parquet("chat.parquet")
-    text = tokenizer.decode(tokens_of((None, tokenizer), "chat.parquet")[0])
+    text = tokenizer.decode(tokens_of((loaded[0], tokenizer), "chat.parquet")[0])
     assert "moon TOOL moon TOOL" in text
 
 

@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import make_tiny
+from typer.testing import CliRunner
 
+from calibration.cli import app
+from calibration.inspect_command import describe
 from calibration.pipeline import quantize
 from calibration.report import Report
 from calibration.settings import Settings
@@ -78,6 +82,22 @@ def test_both_ends_in_four_bits(original: Path, text: Path, tmp_path: Path) -> N
             assert 0.02 < off < 0.15
         errors.append((found.lm_head(hidden) - wanted).norm() / wanted.norm())
     assert errors[0] < errors[1] < 0.15
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_what_is_said_of_both_ends_has_their_bits(
+    bits: Any, original: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = Settings(calibration=(str(text),), head_bits=bits, embedding_bits=bits, **QUICK)
+    quantize(str(original), tmp_path / "out", settings)
+    found = describe(Checkpoint(tmp_path / "out"))["tensors"]
+    for end in ("embedding", "head"):
+        assert found[f"{end}, {bits} bit"]["parameters"] == 512 * 256
+    printed = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).output
+    assert f"{bits} bits, input of 8 in groups of 128" in printed
+    article = "an" if bits == "8" else "a"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f", {article} {bits}-bit embedding, {article} {bits}-bit head and" in card
 
 
 def test_an_embedding_that_vllm_keeps_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibration.architectures import find_architecture
 from calibration.experts import LEAST_SHARE, Experts
+from calibration.inspect_command import describe
 from calibration.instrument import instrument
 from calibration.loader import load_original
 from calibration.pipeline import quantize
@@ -70,10 +71,12 @@ def test_quantized(folder: Path, original_logits: Tensor, tmp_path: Path) -> Non
     assert checkpoint.config.ignore == ["gate"]
     routers = [name for name in checkpoint.names if name.endswith("gate.weight")]
     assert len(routers) == 2  # in 16 bit, one a layer
+    found = describe(checkpoint)["tensors"]["linears, 16 bit"]
+    assert (found["tensors"], found["parameters"]) == (2, 2 * EXPERTS * 256)
     expected = original_logits.log_softmax(-1)
     with torch.no_grad():
-        found = load_simulated(tmp_path / "offq")[0](TOKENS).logits.log_softmax(-1)
-    assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 0.2
+        simulated = load_simulated(tmp_path / "offq")[0](TOKENS).logits.log_softmax(-1)
+    assert float((expected.exp() * (expected - simulated)).sum(-1).mean()) < 0.2
     top_k = AutoConfig.from_pretrained(folder).num_experts_per_tok
     assert report.expert_counts is not None and len(report.expert_counts) == 2
     for counts in report.expert_counts.values():

@@ -1,16 +1,20 @@
 """The original stays what it is, wherever its tensors come from."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFWriter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_experts import make_tiny_experts
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
+from tiny_multimodal import make_tiny_multimodal
 from transformers import AutoTokenizer
 
 from calibration.loader import Original, load_original, put_bos
 from calibration.weights import LoadedWeights
+from vllm_offq.errors import UserError
 
 
 @pytest.fixture(params=["shards", "memory"])
@@ -69,3 +73,48 @@ def test_bos_is_put_where_a_gguf_says_so(tmp_path: Path, says: bool | None) -> N
     for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         starts = each("a")["input_ids"][0] == each.bos_token_id
         assert starts == bool(says)
+
+
+def add(folder: Path, *names: str) -> Path:
+    """Tensors, of the shape that Llama's biases of queries have."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name: torch.zeros(256) for name in names}, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (make_tiny_llama, "model.layers.0.self_attn.q_proj.bias"),
+        (make_tiny_llama, "model.layers.2.input_layernorm.weight"),
+        (
+            lambda folder: make_tiny_experts(folder, "Mixtral"),
+            "model.layers.1.block_sparse_moe.experts.8.w1.weight",
+        ),
+        (lambda folder: make_tiny_experts(folder, "Qwen3-MoE"), "model.layers.0.mlp.experts.down"),
+        (
+            lambda folder: make_tiny_multimodal(folder, "Llava"),
+            "language_model.model.layers.2.input_layernorm.weight",
+        ),
+    ],
+)
+def test_tensors_that_the_configuration_does_not_name_are_refused(
+    make: Callable[[Path], Path], name: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "model")
+    load_original(str(folder))
+    sentence = f"of 2 layers, does not name: {name.removeprefix('language_model.')}; correct config"
+    with pytest.raises(UserError, match=sentence):
+        load_original(str(add(folder, name)))
+
+
+def test_many_tensors_are_not_all_named(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "model")
+    add(folder, *(f"model.layers.2.{number}" for number in range(9)))
+    with pytest.raises(UserError, match=r"layers\.2\.0, .*layers\.2\.3 and 5 more; correct config"):
+        load_original(str(folder))
+
+
+def test_tensors_that_are_computed_anyway_may_be_there(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "model")
+    load_original(str(add(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", "other.weight")))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_quantize import digests
+from transformers import AutoTokenizer
 
 from calibration import cli
 from calibration.pipeline import quantize
@@ -67,6 +68,11 @@ def damaged(original: Path, folder: Path, change: str) -> Path:
         for name in ("gate_proj", "up_proj"):
             tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e25
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    elif change == "tokenizer":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([*map("<{}>".format, range(400)), "lamp"])
+        tokenizer.bos_token = "lamp"
+        tokenizer.save_pretrained(folder)
     elif change == "truncated":
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -111,7 +117,17 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], sentence: str) -> No
     ("options", "sentence"),
     [
         (["--group-size", "48"], "--group-size from [128, 64, 32, 16]"),
+        (["--group-size", "0"], "--group-size must be positive, not 0"),
+        (["--group-size", "-64"], "--group-size must be positive, not -64"),
+        (["--recipe", "quarot", "--group-size", "64"], "--group-size does nothing for the recipe"),
         (["--weight-group-size", "32"], "--weight-group-size"),
+        (["--weight-group-size", "0"], "--weight-group-size must be positive, not 0"),
+        (["--weight-group-size", "-128"], "--weight-group-size must be positive, not -128"),
+        (["--recipe", "rtn", "--weight-group-size", "64"], "--weight-group-size does nothing for"),
+        (["--seed", "1180591620717411303424"], "--seed must be from 0 to 2^64 - 1"),
+        (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1"),
+        (["--device", "cpu:5"], "--device cpu:5 is not supported; choose cpu, "),
+        (["--sequence-length", "2048"], "--sequence-length 2048 is more than the 1024 tokens"),
         (["--samples", "0"], "--samples"),
         (["--calibration", "missing.txt"], "missing.txt does not exist"),
         (["--calibration", "no-such-dataset"], "neither a file nor a dataset"),
@@ -132,6 +148,22 @@ def test_bad_options_are_refused(
     assert run(monkeypatch, "quantize", original, tmp_path / "out", *defaults, *options) == 2
     assert_one_sentence(capsys, sentence)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("calibration", ["text", "self"])
+def test_a_tokenizer_of_another_model_is_refused(
+    calibration: str,
+    original: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = damaged(original, tmp_path / "model", "tokenizer")
+    source = text if calibration == "text" else calibration
+    options = ["--calibration", source, "--samples", 4, "--sequence-length", 64]
+    assert run(monkeypatch, "quantize", model, tmp_path / "out", *options) == 2
+    assert_one_sentence(capsys, "but the model has only 512, from 0 on; give the model with the")
 
 
 @pytest.mark.parametrize("source", ["no-such-folder", "nobody/no-such-model", "text.txt"])

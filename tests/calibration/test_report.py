@@ -1,4 +1,4 @@
-"""Reports: the schema, the files, the page, what is collected from tensors, the comparison."""
+"""Reports: the schema, the files, the page, the comparison."""
 
 import json
 import math
@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from pydantic import ValidationError
 from sample_report import NOTHING_OPTIONAL, sample_report
 
 from calibration.cli import main
+from calibration.experts import LEAST_SHARE
 from calibration.report import HTML_FILE, JSON_FILE, Report, read_report, size_kind, write_report
-from calibration.report.collect import NUM_BINS, ActivationHistograms, spectrum
 from calibration.report.page import report_page
 from vllm_offq.errors import UserError
 
@@ -111,7 +110,7 @@ def test_a_page_shows_what_the_report_has(report: Report) -> None:
         "What happens to outliers": report.histograms is not None,
         "Where outliers point": report.spectrum is not None,
         "What rounding the weights costs": any("layers" in name for name in report.output_error),
-        "How many tokens the experts saw": report.expert_counts is not None,
+        "How many tokens the experts were sent": report.expert_counts is not None,
     }
     for heading, expected in headings.items():
         assert (heading in page) is expected, heading
@@ -135,6 +134,51 @@ def test_the_page_leads_with_what_a_newcomer_asks() -> None:
         "9.0% for the worst, model.layers.1.mlp.down_proj",
     ):
         assert words in lead
+
+
+def test_the_page_tells_what_experts_were_sent_from_what_they_saw() -> None:
+    page = " ".join(report_page(sample_report(experts=2)).split())
+    assert "was sent few tokens, on the axis none, was rounded mostly on others" in page
+    assert f"fill up to one in {LEAST_SHARE} of all" in page
+    assert "saw" not in page
+
+
+@pytest.mark.parametrize(
+    ("activation_bits", "kv_bits", "words"),
+    [
+        (
+            "4",
+            "4",
+            "the weights and activations of its linear layers and its key-value cache now "
+            "take 4 bits instead of 16 or more.",
+        ),
+        (
+            "4",
+            "16",
+            "the weights and activations of its linear layers now take 4 bits instead of "
+            "16 or more; its key-value cache stays as it was.",
+        ),
+        (
+            "8",
+            "4",
+            "the weights of its linear layers and its key-value cache now take 4 bits, the "
+            "activations 8, instead of 16 or more.",
+        ),
+        (
+            "8",
+            "16",
+            "the weights of its linear layers now take 4 bits, the activations 8, instead "
+            "of 16 or more; its key-value cache stays as it was.",
+        ),
+    ],
+)
+def test_the_page_says_what_takes_how_many_bits(
+    activation_bits: str, kv_bits: str, words: str
+) -> None:
+    settings = {"activation_bits": activation_bits, "kv_bits": kv_bits}
+    page = report_page(sample_report(settings=settings))
+    assert words in page
+    assert "16 levels" not in page
 
 
 def test_one_clean_place_leaves_the_others_their_colours() -> None:
@@ -183,68 +227,6 @@ def test_names_are_text_and_nothing_else(
     assert "<script" not in Path("both.html").read_text()
     assert "[red]" in output
     assert not {"\u202e", "\x1b"} & set(output)
-
-
-def test_histograms_do_not_depend_on_the_order_of_batches() -> None:
-    torch.manual_seed(0)
-    batches = [torch.randn(7, 64) * scale for scale in (0.01, 1.0, 300.0)]
-    results = []
-    for order in (batches, batches[::-1]):
-        histograms = ActivationHistograms("model.layers.0", "mlp_input", group_size=32)
-        for batch in order:
-            histograms.add_original(batch)
-        results.append(histograms.result())
-    assert results[0] is not None
-    assert results[1] is not None
-    (first,), (second,) = (result.stages for result in results)
-    assert first.counts == second.counts
-    assert sum(first.counts) == 3 * 7 * 64
-    values = torch.cat(batches).flatten().double()
-    low, width = first.bin_edges[0], first.bin_edges[1] - first.bin_edges[0]
-    expected = torch.bincount(((values - low) / width).floor().long(), minlength=NUM_BINS)
-    assert first.counts == expected.tolist()
-    assert first.max_magnitude == float(values.abs().max())
-    assert first.rms == pytest.approx(float(values.square().mean().sqrt()))
-    kurtosis = values.pow(4).mean() / values.square().mean() ** 2
-    assert first.kurtosis == pytest.approx(float(kurtosis))
-
-
-def test_removing_the_offset_narrows_the_histogram() -> None:
-    torch.manual_seed(0)
-    histograms = ActivationHistograms("model.layers.0", "mlp_input", group_size=32)
-    x = torch.randn(100, 64) + torch.tensor([40.0, -10.0]).repeat_interleave(32)
-    x[0, 0] = torch.nan  # which the pipeline refuses in its own words
-    histograms.add_rotated(x[1:])
-    histograms.add_original(x)
-    result = histograms.result()
-    assert result is not None
-    assert [stage.stage for stage in result.stages] == ["original", "rotated", "offset removed"]
-    assert sum(result.stages[0].counts) == x.numel() - 1
-    assert result.stages[1].max_magnitude > 40
-    assert result.stages[2].max_magnitude < 5
-
-
-def test_nothing_collected_is_none() -> None:
-    histograms = ActivationHistograms("model.layers.0", "mlp_input", 32, symmetric=True)
-    assert histograms.result() is None
-    histograms.add_rotated(torch.zeros(2, 64))
-    result = histograms.result()
-    assert result is not None
-    assert [(stage.stage, stage.rms) for stage in result.stages] == [("rotated", 0.0)]
-    assert spectrum(torch.zeros(4), "all") is None
-
-
-def test_the_spectrum_is_that_of_the_tokens() -> None:
-    torch.manual_seed(0)
-    tokens = torch.randn(9, 100)
-    tokens[:, 3] += 50
-    squares = torch.linalg.svdvals(tokens.double()).square()
-    expected = (squares / squares.sum()).tolist()
-    for energy in (tokens.T @ tokens, tokens @ tokens.T, squares.flip(0)):
-        found = spectrum(energy, "top-1")
-        assert found is not None
-        assert found.fractions[:9] == pytest.approx(expected, abs=1e-6)
-        assert sum(found.fractions) == pytest.approx(1)
 
 
 def compare(

@@ -4,7 +4,7 @@
     assert not compiled.spills and count(compiled.main_loop, "IGMMA")
 
 Registers, spills, shared memory and the instructions of the main loop, from ptxas and LLVM as they
-come with Triton 3.9. No figure here is a time. An instruction is a line of disassembly: predicate,
+come with Triton. No figure here is a time. An instruction is a line of disassembly: predicate,
 opcode, operands.
 """
 
@@ -29,6 +29,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from vllm_offq.errors import UserError
+from vllm_offq.kernels.triton.target import MULTIPLIES_IN_TENSOR_MEMORY
 
 SASS = re.compile(r"^(?P<label>[.$\w]+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?P<code>.*?)\s*;", re.M)
 AMDGCN = re.compile(r"^(?P<label>[.$\w]+):|^\t(?P<code>[a-z].*?)\s*(?:;|$)", re.M)
@@ -45,6 +46,7 @@ NEVER_FALLS_THROUGH = re.compile(r"BRA[.\w]*\s+`|BRX|JM[PX]|EXIT|RET|s_branch|s_
 INTEGER_MMA = r"(?:UTC)?IG?MMA|v_mfma_i32_\w+"
 MMA = r"\w*MMA|v_mfma_\w+|v_smfmac_\w+"
 GLOBAL_LOAD = r"LD|LDG|LDGSTS|UTMALDG|UBLKCP|(?:global|buffer|flat)_load_\w+"
+SM_100 = "UTCIMMA" if MULTIPLIES_IN_TENSOR_MEMORY else "IMMA"
 SPILL = r"LDL|STL|scratch_(?:load|store)_\w+"
 
 
@@ -66,7 +68,7 @@ TARGETS = {
         Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024, "IMMA"),
         Target("sm_89", GPUTarget("cuda", 89, 32), 99 * 1024, "IMMA"),
         Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, "IGMMA"),
-        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, "UTCIMMA"),
+        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, SM_100),
         Target("sm_120", GPUTarget("cuda", 120, 32), 99 * 1024, "IMMA"),
         Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_i32_\w+"),
     )

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
 
-import torch
-import triton
 from triton.runtime.jit import JITFunction
 
-from benchmarks.cross_compile import Compilation, Target, cross_compile
+from benchmarks.cross_compile import Target
+from benchmarks.gpu_attention_variants import attentions, stores
+from benchmarks.gpu_variant import Variant
+from vllm_offq.kernels.triton.add_splits import BLOCK as SPLITS_BLOCK
+from vllm_offq.kernels.triton.add_splits import add_splits_kernel
 from vllm_offq.kernels.triton.expert_gemm import expert_gemm_constants, expert_gemm_kernel
 from vllm_offq.kernels.triton.expert_rows import (
     BLOCK,
@@ -22,13 +23,6 @@ from vllm_offq.kernels.triton.gemm_config import (
     GemmConfig,
     block_k,
     expert_gemm_config,
-)
-from vllm_offq.kernels.triton.kv_store import kv_store_kernel
-from vllm_offq.kernels.triton.paged_attention import paged_attention_kernel
-from vllm_offq.kernels.triton.paged_attention_config import (
-    MIN_TILES,
-    attention_config,
-    tiles_for,
 )
 from vllm_offq.kernels.triton.rms_norm_quantize import rms_norm_quantize_kernel, token_shape
 from vllm_offq.kernels.triton.rotate_quantize import rotate_quantize_kernel, tile_shape
@@ -45,27 +39,6 @@ GOAL = GemmConfig(128, 128, num_warps=8, num_stages=2)
 """The tile by which kernels of this kind are compared, whether it is the best one or not."""
 
 
-class Variant(NamedTuple):
-    """A kernel as it is launched on one GPU."""
-
-    name: str
-    kernel: JITFunction
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible_by_16: tuple[str, ...]
-    options: dict[str, Any]
-
-    def compile(self, target: Target) -> Compilation:
-        return cross_compile(
-            self.kernel,
-            self.signature,
-            self.constants,
-            target,
-            self.divisible_by_16,
-            **self.options,
-        )
-
-
 def gpu_of(target: Target) -> Gpu:
     """What the kernels see of a target."""
     if target.gpu.backend == "hip":
@@ -79,8 +52,8 @@ def variants(target: Target) -> Iterator[Variant]:
     yield from _expert_gemms(gpu_of(target))
     yield from _expert_rows()
     yield from _quantizations(gpu_of(target))
-    yield from _stores(gpu_of(target))
-    yield from _attentions(gpu_of(target))
+    yield from stores(gpu_of(target))
+    yield from attentions(gpu_of(target))
 
 
 def _gemms(gpu: Gpu) -> Iterator[Variant]:
@@ -92,6 +65,24 @@ def _gemms(gpu: Gpu) -> Iterator[Variant]:
             name = f"gemm {up_to} tokens, groups of {group_size}{scales}"
             yield _gemm(name, gpu, config, group_size, scale_per_group)
     yield _gemm("gemm tile of 128 x 128", gpu, GOAL, 128, scale_per_group=False)
+    wide = replace(GOAL, num_stages=3, wide=True)
+    yield _gemm("gemm tile of 128 x 128, wide", gpu, wide, 128, scale_per_group=False)
+    yield _addition()
+
+
+def _addition() -> Variant:
+    """Of the parts that decoding leaves."""
+    types = {"partial_ptr": "*fp32", "weight_scale_ptr": "*fp16", "y_ptr": "*bf16"}
+    types |= dict.fromkeys(("num_elements", "out_features"), "i32")
+    constants = {
+        "bias_ptr": None,
+        "SCALE_PER_GROUP": False,
+        "HAS_BIAS": False,
+        "SPLIT_K": 8,
+        "BLOCK": SPLITS_BLOCK,
+    }
+    divisible = ("num_elements", "out_features")
+    return Variant("add_splits", add_splits_kernel, types, constants, divisible, {"num_warps": 4})
 
 
 def _gemm(
@@ -216,81 +207,3 @@ def _quantization(
 
 HIDDEN_SIZES = 4096, 8192
 """Channels of a token, which a program of a norm holds."""
-HEADS = {64: 64, 128: 128, 256: 128}
-"""Channels of a head; of a group."""
-RATIO, BLOCK_SIZE = 4, 16
-
-
-def _stores(gpu: Gpu) -> Iterator[Variant]:
-    strides = [f"{x}_{y}_stride" for x in ("key", "value") for y in ("token", "head")]
-    strides += ["block_stride", "head_stride"]
-    signature = {
-        "key_ptr": "*bf16",
-        "value_ptr": "*bf16",
-        "rotation_ptr": "*fp32",
-        "slot_ptr": "*i64",
-        "cache_ptr": "*u8",
-        "num_tokens": "i32",
-        "range_to_scale": "fp32",
-        **dict.fromkeys(strides, "i32"),
-    }
-    for head_size, group_size in HEADS.items():
-        constants = {
-            "ROTATED": True,
-            "HEAD_SIZE": head_size,
-            "NUM_GROUPS": head_size // group_size,
-            "BLOCK_SIZE": BLOCK_SIZE,
-            "PRECISION": gpu.float32_precision,
-            "ROWS": 16,
-            "COLUMNS": triton.next_power_of_2(head_size // 2),
-        }
-        name = f"kv_store, heads of {head_size}, rotated"
-        yield Variant(name, kv_store_kernel, signature, constants, tuple(strides), {"num_warps": 4})
-
-
-def _attentions(gpu: Gpu) -> Iterator[Variant]:
-    for head_size, group_size in HEADS.items():
-        for max_query_len in (1, 2048):
-            yield _attention(gpu, head_size, head_size // group_size, max_query_len)
-
-
-def _attention(gpu: Gpu, head_size: int, num_groups: int, max_query_len: int) -> Variant:
-    tiles = tiles_for(torch.bfloat16, head_size, num_groups, gpu.tensor_core)
-    # 16 requests, 8 KV heads and a long context: decoding is split.
-    config = attention_config(tiles, 16 * max_query_len, 16, max_query_len, RATIO, 8, 1 << 15, 132)
-    is_split = config.splits > 1
-    strides = [f"{x}_{y}_stride" for x in ("query", "output") for y in ("token", "head")]
-    strides += ["block_stride", "head_stride", "block_table_stride"]
-    signature = {
-        "query_ptr": "*bf16",
-        "output_ptr": "*fp32" if is_split else "*bf16",
-        "lse_ptr": "*fp32" if is_split else "*bf16",
-        "cache_ptr": "*u8",
-        **dict.fromkeys(("block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"), "*i32"),
-        **dict.fromkeys((*strides, "num_requests", "num_splits"), "i32"),
-        **dict.fromkeys(("score_scale", "soft_cap"), "fp32"),
-    }
-    constants = {
-        "RATIO": RATIO,
-        "HEAD_SIZE": head_size,
-        "NUM_GROUPS": num_groups,
-        "BLOCK_SIZE": BLOCK_SIZE,
-        "WINDOW": 0,
-        "SOFT_CAP": False,
-        "SPLIT": is_split,
-        "MIN_TILES": MIN_TILES,
-        "ONE_TILE": config.one_tile,
-        "PTX": gpu.has_ptx,
-        "ROWS": config.rows,
-        "COLUMNS": max(triton.next_power_of_2(head_size // 2), 16),
-        "TILE": config.tile,
-    }
-    step = "decode" if max_query_len == 1 else "prefill"
-    return Variant(
-        f"paged_attention, {step}, heads of {head_size}",
-        paged_attention_kernel,
-        signature,
-        constants,
-        tuple(strides),
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )

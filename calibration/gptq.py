@@ -101,8 +101,9 @@ def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
         logger.warning("a Hessian did not factor; damping it by %g of its mean diagonal", damping)
     upper = lower.flip(0, 1)
     del lower
-    inverse_factor = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    torch.linalg.solve_triangular(upper, inverse_factor, upper=True, out=inverse_factor)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse_factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    del upper, identity
     damped = hessian.clone()
     damped.diagonal().copy_(hessian.diagonal().double() + damping * mean)
     return damped, inverse_factor

@@ -24,7 +24,7 @@ from pathlib import Path
 
 VLLM = "0.32.0"
 TORCH = "2.13.0"
-TRITON = "3.9.0"
+TRITON = "3.7.1"
 BROKEN_BY_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +137,7 @@ def install_project() -> None:
     # vLLM has just brought setuptools, so the build needs no environment of its own.
     editable = ("--no-build-isolation", "-e", ".[calibration,eval,dev]")
     # Verbose, because pip keeps what a build says to itself otherwise.
-    triton = f"triton=={TRITON}"  # instructions are counted as this one compiles
+    triton = f"triton=={TRITON}"  # that of this vLLM and PyTorch on GPUs
     need(pip("-v", "-c", constraints(), triton, *editable), "installing this project")
     not_built = re.search(r"OffQ's CPU kernels were not built.*", LOG.read_text(errors="replace"))
     if not_built:

@@ -1,9 +1,12 @@
 """The rotations are orthogonal and put outliers where OffQ wants them."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_offq import rotation
 from vllm_offq.errors import UserError
@@ -130,3 +133,34 @@ def test_columns_point_to_their_largest_entry() -> None:
     basis = principal_basis(x, torch.eye(48))
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     assert (largest > 0).all()
+
+
+class Copies(TorchDispatchMode):
+    """Names of operations that copy to another dtype or device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("block_size", [64, 192, 1536])
+def test_signs_are_copied_to_a_device_once(block_size: int) -> None:
+    """A copy from the host in every forward could not be captured in a CUDA graph."""
+    x = torch.randn(2, block_size)
+    apply_block_hadamard(x, block_size)
+    with Copies() as copies:
+        apply_block_hadamard(x, block_size)
+    assert not copies.found
+
+
+def test_signs_that_inference_has_kept_serve_training() -> None:
+    with torch.inference_mode():
+        apply_block_hadamard(torch.randn(2, 96), 96)
+    x = torch.randn(2, 96, requires_grad=True)
+    apply_block_hadamard(x, 96).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x)

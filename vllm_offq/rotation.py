@@ -91,6 +91,13 @@ def _jacobsthal(q: int) -> Tensor:
     return symbol[(index[:, None] - index[None, :]) % q]
 
 
+@cache
+@torch.inference_mode(False)  # what is kept must serve training, too
+def _core_signs(block_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """hadamard_core, copied there once: CUDA graphs can hold no copy from the host."""
+    return hadamard_core(block_size).to(device=device, dtype=dtype)
+
+
 def apply_block_hadamard(x: Tensor, block_size: int) -> Tensor:
     """``x @ blockdiag(H, ..., H)`` for blocks of block_size channels.
 
@@ -99,11 +106,10 @@ def apply_block_hadamard(x: Tensor, block_size: int) -> Tensor:
 
     x: [..., n] floating, block_size divides n. Returns: like x.
     """
-    core = hadamard_core(block_size)
-    order = len(core)
+    signs = _core_signs(block_size, x.device, x.dtype)
+    order = len(signs)
     blocks = x.unflatten(-1, (x.shape[-1] // order, order))
     if order > 1:
-        signs = core.to(device=x.device, dtype=x.dtype)
         total = blocks[..., :1] * signs[0]
         for i in range(1, order):
             total = total + blocks[..., i : i + 1] * signs[i]

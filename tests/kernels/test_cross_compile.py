@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 pytest.importorskip("triton", reason="install triton to run this")
 
@@ -65,7 +66,7 @@ def test_int8_product(target: Target) -> None:
     assert (compiled.spills, compiled.stack, compiled.remarks) == (0, 0, ())
     assert 64 < compiled.registers < 255
     assert TILE_BYTES <= compiled.shared_memory <= target.shared_memory
-    assert compiled.tensor_memory == (64 if target.name == "sm_100" else 0)
+    assert compiled.tensor_memory == (64 if target.int8_mma == "UTCIMMA" else 0)
     assert count(compiled.main_loop, target.int8_mma) == PRODUCTS[target.int8_mma]
     assert count(compiled.main_loop, MMA) == PRODUCTS[target.int8_mma]
     # 16 bytes at a time, for four warps.
@@ -108,6 +109,9 @@ def test_buffer_instructions() -> None:
     assert count(near.instructions, r"global_\w+") == count(far.instructions, r"buffer_\w+") == 0
 
 
+@pytest.mark.skipif(
+    triton.__version__ < "3.8", reason="LLVM ends the process by such an error before Triton 3.8"
+)
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
 def test_an_error_that_llvm_only_prints(
     name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -38,7 +38,9 @@ def int8_dot_kernel(
     w_ptrs = w_ptr + n[:, None] * in_features + k
     accumulator = tl.zeros([tile_m, tile_n], tl.int32)
     for start in range(0, in_features, tile_k):
-        accumulator = tl.dot(tl.load(x_ptrs + start), tl.load(w_ptrs + start).T, accumulator)
+        accumulator = tl.dot(
+            tl.load(x_ptrs + start), tl.load(w_ptrs + start).T, accumulator, out_dtype=tl.int32
+        )
     y = accumulator.to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n)

@@ -1,8 +1,8 @@
 """Triton's interpreter (TRITON_INTERPRET=1) with the arithmetic of a GPU.
 
-Triton 3.9's own adds bfloat16 numbers as if they were integers and truncates where a GPU rounds,
-takes TF32 for float32, is slow at int8 products, and knows no inline PTX. `install()` puts one in
-its place that does better; the PTX it emulates is what unpacking nibbles takes.
+Triton's own adds bfloat16 numbers as if they were integers and truncates where a GPU rounds, has
+(3.7) no bfloat16 constants, takes TF32 for float32, is slow at int8 products, and knows no inline
+PTX. `install()` puts one in its place that does better, with the PTX that the kernels have.
 """
 
 import re
@@ -49,6 +49,9 @@ class Builder(InterpreterBuilder):
         if to_bfloat16 and not is_bfloat16(src):
             return TensorHandle(narrow(src.data.astype(np.float32)), tl.bfloat16)
         return super().cast_impl(src, dst_type)
+
+    def get_bf16(self, value: float) -> TensorHandle:
+        return TensorHandle(narrow(np.array([value])), tl.bfloat16)
 
     def create_fp_to_fp(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         if is_bfloat16(src) or dst_type.scalar == tl.bfloat16:

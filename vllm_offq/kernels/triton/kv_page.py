@@ -73,7 +73,7 @@ FLOAT16_NIBBLES_PTX = tl.constexpr(NIBBLES_PTX.format(magic="0x64006400"))
 
 
 @triton.jit
-def unpack_codes(packed, dtype: tl.constexpr, PTX: tl.constexpr):
+def unpack_codes(packed, dtype: tl.constexpr, PTX: tl.constexpr, IN_PLACE: tl.constexpr):
     """The codes in the low and in the high nibbles of bytes, exact in dtype.
 
     A nibble in the last bits of 128.0 (bfloat16), 1024.0 (float16) or 2^23 (float32) adds itself
@@ -84,13 +84,14 @@ def unpack_codes(packed, dtype: tl.constexpr, PTX: tl.constexpr):
         high = (packed >> 4).to(tl.uint32) | 0x4B000000
     elif PTX:
         # Not pure, it says, though it is: else the compiler moves it behind the exchange of the
-        # tile between threads, where each warp unpacks for itself what all of them need.
+        # tile between threads, where each warp unpacks for itself what all of them need. On
+        # Blackwell it does not pipeline a loop then.
         low, high = tl.inline_asm_elementwise(
             BFLOAT16_NIBBLES_PTX if dtype == tl.bfloat16 else FLOAT16_NIBBLES_PTX,
             "=r,=r,=r,=r,r",
             [packed],
             dtype=(tl.uint16, tl.uint16),
-            is_pure=False,
+            is_pure=not IN_PLACE,
             pack=4,
         )
     else:

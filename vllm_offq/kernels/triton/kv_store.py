@@ -12,6 +12,8 @@ from vllm_offq.quantizer import range_to_scale
 
 MAX_COLUMNS = 64
 """Of a tile of rotated heads: rotations have few rows to share, so programs share columns."""
+ROWS_PER_WARP = 8
+"""Of such a tile; with more, registers spill."""
 
 
 @triton.jit
@@ -224,6 +226,6 @@ def rotate_heads(x: Tensor, rotation: Tensor) -> Tensor:
         PRECISION=gpu().float32_precision,
         ROWS=rows,
         COLUMNS=columns,
-        num_warps=4,
+        num_warps=max(4, rows // ROWS_PER_WARP),
     )
     return out

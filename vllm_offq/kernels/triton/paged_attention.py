@@ -69,6 +69,7 @@ def paged_attention_kernel(
     MIN_TILES: tl.constexpr,
     ONE_TILE: tl.constexpr,
     PTX: tl.constexpr,
+    PTX_IN_PLACE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
@@ -85,6 +86,7 @@ def paged_attention_kernel(
     # Few rows leave registers to keep terms, and add them up at the end: warps share the context
     # of such a tile, and a sum across warps in every step would make them wait.
     LATE_SUMS: tl.constexpr = ROWS <= 16
+    IN_PLACE: tl.constexpr = PTX_IN_PLACE or ROWS <= 32  # Blackwell takes Ampere's products then
     kv_head, split = tl.program_id(1), tl.program_id(2)
     # The last rows of a request see most: they start first.
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -131,8 +133,7 @@ def paged_attention_kernel(
     else:
         total = tl.zeros((ROWS,), tl.float32)
     shift_low, shift_high = total, total
-    low = tl.zeros((ROWS, COLUMNS), tl.float32)
-    high = tl.zeros((ROWS, COLUMNS), tl.float32)
+    low, high = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     table_ptr = block_table_ptr + tl.cast(request, tl.int64) * block_table_stride
     pages_ptr = cache_ptr + kv_head.to(tl.int64) * head_stride
     for tile in range(first, last):
@@ -151,7 +152,7 @@ def paged_attention_kernel(
         value_ptrs = (page_ptr + (BLOCK_SIZE + place) * HALF)[:, None] + pair[None, :]
         words_ptr = (page_ptr + BLOCK_SIZE * HEAD_SIZE).to(tl.pointer_type(tl.uint32)) + place
 
-        key_low, key_high = unpack_codes(tl.load(key_ptrs), DTYPE, PTX)
+        key_low, key_high = unpack_codes(tl.load(key_ptrs), DTYPE, PTX, IN_PLACE)
         scale, offset = unpack_parameters(tl.load(words_ptr))
         scores = tl.dot(query_low, key_low, input_precision="ieee")
         if NUM_GROUPS == 1:
@@ -175,7 +176,7 @@ def paged_attention_kernel(
         decay = tl.exp2(largest - base)
         largest = larger
 
-        value_low, value_high = unpack_codes(tl.load(value_ptrs), DTYPE, PTX)
+        value_low, value_high = unpack_codes(tl.load(value_ptrs), DTYPE, PTX, IN_PLACE)
         words_ptr += NUM_GROUPS * BLOCK_SIZE
         scale, offset = unpack_parameters(tl.load(words_ptr, mask=is_seen, other=0))
         total = add_up(total, decay, p, LATE_SUMS)
@@ -183,9 +184,8 @@ def paged_attention_kernel(
         scaled = (p * scale[None, :]).to(DTYPE)
         low = tl.dot(scaled, value_low, low * decay[:, None], input_precision="ieee")
         if NUM_GROUPS == 2:
-            scale, offset = unpack_parameters(
-                tl.load(words_ptr + BLOCK_SIZE, mask=is_seen, other=0)
-            )
+            word = tl.load(words_ptr + BLOCK_SIZE, mask=is_seen, other=0)
+            scale, offset = unpack_parameters(word)
             shift_high = add_up(shift_high, decay, p * offset[None, :], LATE_SUMS)
             scaled = (p * scale[None, :]).to(DTYPE)
         high = tl.dot(scaled, value_high, high * decay[:, None], input_precision="ieee")
@@ -230,8 +230,7 @@ def paged_attention(
     tokens, num_heads, head_size = query.shape
     num_requests, kv_heads = len(seq_lens), kv_cache.shape[1]
     num_groups = num_groups_of(kv_cache, head_size, group_size)
-    assert output.shape == query.shape
-    assert output.dtype == query.dtype
+    assert (output.shape, output.dtype) == (query.shape, query.dtype)
     assert output.stride(2) == block_table.stride(1) == 1
     assert num_heads % kv_heads == 0
     assert len(block_table) == num_requests == len(query_start_loc) - 1
@@ -290,6 +289,7 @@ def paged_attention(
         MIN_TILES=MIN_TILES,
         ONE_TILE=config.one_tile,
         PTX=gpu().has_ptx,
+        PTX_IN_PLACE=gpu().keeps_ptx_in_place,
         ROWS=config.rows,
         COLUMNS=max(triton.next_power_of_2(head_size // 2), 16),
         TILE=config.tile,

@@ -29,8 +29,10 @@ class Tiles(NamedTuple):
     """Tokens of the context in one step."""
     num_stages: int
     """Steps whose loads are in flight."""
+    context_many_rows: int
+    """Likewise of more than 32 rows."""
     num_stages_many_rows: int
-    """Likewise of more than 32 rows, which hide a wait by their own work."""
+    """Likewise."""
 
 
 def tiles_for(dtype: torch.dtype, head_size: int, num_groups: int, tensor_core: str) -> Tiles:
@@ -41,13 +43,15 @@ def tiles_for(dtype: torch.dtype, head_size: int, num_groups: int, tensor_core: 
     """
     if dtype == torch.float32:  # by plain multiply-adds: three TF32 products need more registers
         is_small = head_size <= 128 and num_groups == 1
-        return Tiles(16, 2, 32 if is_small else 16, 2, 2)
+        context = 32 if is_small else 16
+        return Tiles(16, 2, context, 2, context, 2)
     if tensor_core == "mfma":  # there, loads in flight are in registers too
-        return Tiles(128 if head_size <= 128 else 64, 32, 32, 2, 2)
+        return Tiles(128 if head_size <= 128 else 64, 32, 32, 2, 32, 2)
     is_wgmma = tensor_core == "wgmma"  # which can read the query from shared memory
     if head_size > 128:
-        return Tiles(64 if is_wgmma else 32, 16, 32, 3, 3)
-    return Tiles(128, 16, 64 if num_groups == 1 else 32, 3, 3 if is_wgmma else 2)
+        return Tiles(64 if is_wgmma else 32, 8, 32, 3, 32, 3)
+    context = 64 if num_groups == 1 else 32
+    return Tiles(128, 16, context, 3, context if is_wgmma or head_size <= 64 else 32, 3)
 
 
 @dataclass(frozen=True)
@@ -90,20 +94,22 @@ def attention_config(
     # As find_request numbers them: a request has one to spare, for what fills no tile.
     row_tiles = num_requests if one_tile else tokens // tokens_per_tile + num_requests
     num_warps = max(4, rows // tiles.rows_per_warp)
+    has_many_rows = rows > 32
+    context = tiles.context_many_rows if has_many_rows else tiles.context
     splits = min(
         WARPS_PER_CORE * num_cores // (num_warps * row_tiles * kv_heads),
         most_parts(tiles, num_cores) // (tokens * ratio * kv_heads),
-        max_context // (MIN_TILES * tiles.context),
+        max_context // (MIN_TILES * context),
         MAX_SPLITS,
     )
     return AttentionConfig(
         rows=rows,
-        tile=tiles.context,
+        tile=context,
         row_tiles=row_tiles,
         splits=max(splits, 1),
         one_tile=one_tile,
         num_warps=num_warps,
-        num_stages=tiles.num_stages if rows <= 32 else tiles.num_stages_many_rows,
+        num_stages=tiles.num_stages_many_rows if has_many_rows else tiles.num_stages,
     )
 
 

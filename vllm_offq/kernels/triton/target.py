@@ -4,6 +4,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 from triton import knobs
 
 MIN_CAPABILITY = (8, 0)
@@ -35,6 +36,8 @@ class Gpu(NamedTuple):
     """Which instruction multiplies tiles: mma, wgmma or mfma."""
     has_ptx: bool
     """Whether inline PTX can be used. The interpreter emulates what the kernels have of it."""
+    keeps_ptx_in_place: bool
+    """Whether PTX that must not be moved may stand in a loop that is pipelined."""
     converts_slowly: bool
     """Whether integers become floats at a quarter of the rate of other arithmetic."""
     float32_precision: str
@@ -43,14 +46,18 @@ class Gpu(NamedTuple):
     """Of a product of float32 tiles that have no more digits than TF32."""
 
 
-AMD = Gpu("mfma", False, False, "ieee", "ieee")
-INTERPRETER = Gpu("mma", True, True, "ieee", "tf32")
+AMD = Gpu("mfma", False, True, False, "ieee", "ieee")
+INTERPRETER = Gpu("mma", True, True, True, "ieee", "tf32")
+MULTIPLIES_IN_TENSOR_MEMORY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+"""Whether Triton uses Blackwell's own instructions for integers; before, it took Ampere's."""
 
 
 def nvidia(capability: tuple[int, int]) -> Gpu:
     """An NVIDIA GPU; of those supported, only an A100 (8.0) is slow to convert."""
-    tensor_core = "wgmma" if capability[0] in (9, 10) else "mma"
-    return Gpu(tensor_core, True, capability == (8, 0), "tf32x3", "tf32")
+    is_blackwell = capability[0] == 10
+    is_wgmma = capability[0] == 9 or (is_blackwell and MULTIPLIES_IN_TENSOR_MEMORY)
+    tensor_core = "wgmma" if is_wgmma else "mma"
+    return Gpu(tensor_core, True, not is_blackwell, capability == (8, 0), "tf32x3", "tf32")
 
 
 @cache

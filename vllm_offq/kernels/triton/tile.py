@@ -72,12 +72,12 @@ def multiply_tile(
             even_ptrs = codes_ptrs + group * HALF_GROUP + at
             even = load_pairs(even_ptrs, inside, WHOLE)
             odd = load_pairs(even_ptrs + HALF_GROUP, inside, WHOLE)
-            dot = tl.dot(weight_even, tl.trans(even), dot)
-            dot = tl.dot(weight_odd, tl.trans(odd), dot)
+            dot = tl.dot(weight_even, tl.trans(even), dot, out_dtype=tl.int32)
+            dot = tl.dot(weight_odd, tl.trans(odd), dot, out_dtype=tl.int32)
         else:
             even, odd = unpack(load_pairs(codes_ptrs + at, inside, WHOLE), PTX)
-            dot = tl.dot(even, tl.trans(weight_even), dot)
-            dot = tl.dot(odd, tl.trans(weight_odd), dot)
+            dot = tl.dot(even, tl.trans(weight_even), dot, out_dtype=tl.int32)
+            dot = tl.dot(odd, tl.trans(weight_odd), dot, out_dtype=tl.int32)
         scale = along_tokens(tl.load(scale_ptr + group * token_stride + token), WIDE)
         if SCALE_PER_GROUP:
             weight_scale = tl.load(
@@ -172,7 +172,7 @@ def unpack(packed, PTX: tl.constexpr):
             and.b32 $0, $0, 0xF0F0F0F0;
             and.b32 $1, $2, 0xF0F0F0F0;
             }""",
-            "=r,=r,r",
+            "=&r,=r,r",
             [packed],
             dtype=(tl.int8, tl.int8),
             is_pure=True,

@@ -27,6 +27,7 @@ from calibration.report.collect import ActivationHistograms
 from calibration.resume import SavedRun, unfinished
 from calibration.rotations import Rotations
 from calibration.settings import Settings
+from calibration.source import GENERATION_FILE
 from calibration.survey import survey
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
@@ -280,8 +281,9 @@ class _Run:
         hf_config.quantization_config = self.config.model_dump()
         original.tokenizer.save_pretrained(writer.folder)
         original.save_config(writer.folder)
-        if original.model.generation_config is not None:
-            original.model.generation_config.save_pretrained(writer.folder)
+        if (sampling := original.model.generation_config) is not None:
+            # Unlike save_pretrained, as lenient as vLLM is when it reads them.
+            writer.add_text(GENERATION_FILE, sampling.to_json_string())
         writer.add_text("README.md", model_card(original.name, self.config, self.settings))
 
 

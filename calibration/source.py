@@ -85,14 +85,12 @@ def class_names(architectures: object, model_type: Any) -> list[str]:
 def generation_config(folder: str) -> GenerationConfig | None:
     """What a model's folder says of sampling; None: nothing.
 
-    Raises: UserError if it cannot be read, or not be written again.
+    Raises: UserError if it cannot be read.
     """
     path = Path(folder, GENERATION_FILE)
     if not path.is_file():
         return None
     try:
-        found = GenerationConfig.from_pretrained(folder)
-        found.validate(strict=True)  # as it will be in the end, when all the work is done
+        return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever its content leads to
-        raise UserError(f"{path} cannot be kept ({reason(error)}); mend or remove it") from None
-    return found
+        raise UserError(f"{path} cannot be read ({reason(error)}); mend or remove it") from None

@@ -1,6 +1,8 @@
 """`quantize`: what it writes, that it repeats, and what its settings change."""
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,19 @@ def test_checkpoint_is_valid_and_complete(quantized: tuple[Path, Report], origin
     assert (out / "generation_config.json").exists()
     card = (out / "README.md").read_text()
     assert "base_model_relation: quantized" in card
+
+
+def test_generation_settings_are_kept_as_they_are(
+    original: Path, text: Path, tmp_path: Path
+) -> None:
+    """Also a temperature without sampling, which transformers reads and would not write."""
+    copied = tmp_path / "model"
+    shutil.copytree(original, copied)
+    (copied / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    settings = Settings(calibration=(str(text),), samples=2, sequence_length=32)
+    quantize(str(copied), tmp_path / "out", settings)
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (kept["temperature"], kept["top_p"]) == (0.6, 0.9)
 
 
 def test_linears_take_four_bits_and_their_scales(quantized: tuple[Path, Report]) -> None:

@@ -88,12 +88,11 @@ def test_a_folder_without_tokenizer(model: Path) -> None:
     [
         ("{", "is not a valid JSON file"),
         ("[]", "TypeError"),
-        ('{"temperature": 0.6}', "set `do_sample=True` or unset `temperature`"),
     ],
 )
-def test_generation_settings_that_cannot_be_kept(model: Path, content: str, sentence: str) -> None:
+def test_generation_settings_that_cannot_be_read(model: Path, content: str, sentence: str) -> None:
     (model / "generation_config.json").write_text(content)
-    with pytest.raises(UserError, match=f"generation_config.json cannot be kept .*{sentence}"):
+    with pytest.raises(UserError, match=f"generation_config.json cannot be read .*{sentence}"):
         load_original(str(model))
 
 

@@ -94,6 +94,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("build/accuracy"))
     parser.add_argument("--peer-python", type=Path, help="a Python that has llm-compressor")
     arguments = parser.parse_args()
+    if arguments.windows < 1:
+        parser.error("--windows must be at least 1")
     arguments.recipes = arguments.recipes or (names if arguments.peer_python else list(RECIPES))
     if arguments.peer_python is None and not set(arguments.recipes) <= set(RECIPES):
         parser.error("llm-compressor's recipes need --peer-python")

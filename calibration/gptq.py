@@ -22,6 +22,7 @@ ROWS_AT_ONCE = 4096
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a fraction of its mean."""
 MOST_DAMPING = 100.0
+"""Likewise; the diagonal dominates long before."""
 
 
 def round_to_nearest(

@@ -187,7 +187,10 @@ def main(
     ] = None,
 ) -> None:
     """Measure the Triton kernels against the strongest others on this GPU."""
-    obstacle = why_not_usable() if torch.cuda.is_available() else "need a GPU; torch sees none"
+    if torch.cuda.is_available():
+        obstacle = why_not_usable(torch.cuda.get_device_capability())
+    else:
+        obstacle = "need a GPU; torch sees none"
     if obstacle:
         sys.exit(f"Nothing to measure: the Triton kernels {obstacle}.")
     report = start_report(rounds)

@@ -28,15 +28,15 @@ ISA_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_i
 
 
 def describe_machine() -> str:
-    """Processor, its instruction sets that matter here, cores that this process may use."""
+    """Processor, its instruction sets that matter here, cores that this process may use, GPU."""
     info = Path("/proc/cpuinfo").read_text()
     fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     flags = fields.get("flags", fields.get("Features", "")).split()
     model = fields.get("model name", "unknown processor")
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, " + " ".join(
-        flag for flag in ISA_FLAGS if flag in flags
-    )
+    isas = " ".join(flag for flag in ISA_FLAGS if flag in flags)
+    gpus = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([model, f"{len(os.sched_getaffinity(0))} cores", isas, *gpus])
 
 
 @cache

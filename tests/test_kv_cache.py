@@ -89,6 +89,16 @@ def test_sizes_between_the_steps_of_the_kernels_are_refused(
     assert [size for size in (32, 48, 64) if backend_for(16).supports_block_size(size)] == [32, 64]
 
 
+def test_heads_larger_than_any_that_was_compiled_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features = kernels.backend().FEATURES._replace(max_head_size=256)
+    monkeypatch.setattr(kernels.backend(), "FEATURES", features)
+    kv_cache_method().create_weights(attention_layer(head_size=256, head_size_v=256))
+    with pytest.raises(UserError, match=r"heads of more than 256 channels, .* --kv-bits 16"):
+        kv_cache_method().create_weights(attention_layer(head_size=512, head_size_v=512))
+
+
 def test_missing_key_rotation_is_refused() -> None:
     layer = attention_layer()
     kv_cache_method().create_weights(layer)

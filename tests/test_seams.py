@@ -1,5 +1,6 @@
 """Every seam exists in every vLLM that is supported: by the sources, which need no installation."""
 
+import ast
 import subprocess
 import sys
 import tarfile
@@ -9,9 +10,8 @@ from pathlib import Path
 import griffe
 import pytest
 
+import vllm_offq
 from vllm_offq.seams import SEAMS, SUPPORTED_VLLM
-
-pytestmark = pytest.mark.slow
 
 VERSIONS = ["0.32.0", "0.33.0"]
 
@@ -48,6 +48,22 @@ def test_the_versions_are_those_supported() -> None:
     assert f">={VERSIONS[0].removesuffix('.0')},<0.34" == SUPPORTED_VLLM
 
 
+def test_nothing_is_imported_from_vllm_that_is_no_seam() -> None:
+    """Of what vLLM loads: evaluate.py is a program of its own."""
+    known = {(module, name.partition(".")[0]) for module, names in SEAMS.items() for name in names}
+    known.add(("vllm.platforms", "current_platform"))  # of a class in vllm.platforms.interface
+    imported = {
+        (node.module, alias.name)
+        for path in Path(vllm_offq.__file__).parent.rglob("*.py")
+        if path.name != "evaluate.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vllm"
+        for alias in node.names
+    }
+    assert imported and not imported - known
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "parameters"),
     [

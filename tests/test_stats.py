@@ -5,13 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sample_checkpoint import HEAD_DIM, KV_HEADS, quantization_config
 
 pytest.importorskip("vllm")
 
 from prometheus_client import generate_latest
+from vllm.platforms.interface import DeviceCapability
 
+from vllm_offq import stats
 from vllm_offq.config import OffQConfig
+from vllm_offq.kernels import OVERRIDE
 from vllm_offq.stats import OffQStatLogger
 
 LAYERS = 2
@@ -66,3 +70,16 @@ def test_other_models_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vllm_offq.stats")
     assert start(None, "third") == []
     assert not caplog.messages
+
+
+def test_the_api_server_takes_none_of_the_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then the engine has what there is: PyTorch, which would take some, is not asked."""
+    platform = SimpleNamespace(
+        is_cuda_alike=lambda: True, get_device_capability=lambda: DeviceCapability(9, 0)
+    )
+    monkeypatch.setattr(stats, "current_platform", platform)
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    for name in ("get_device_capability", "get_device_properties", "is_available"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: pytest.fail("PyTorch was asked"))
+    (line,) = start(OffQConfig.from_config(quantization_config()), "fourth")
+    assert 'kernels="triton"' in line

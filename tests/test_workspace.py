@@ -17,7 +17,7 @@ from vllm.v1.worker.workspace import (
 )
 
 from vllm_offq import kv_cache, workspace
-from vllm_offq.attention_metadata import OffQAttentionMetadata
+from vllm_offq.attention_metadata import Batch, OffQAttentionMetadata
 from vllm_offq.kernels import reference
 from vllm_offq.kv_cache import OffQAttentionImpl
 
@@ -56,12 +56,15 @@ def attend(metadata: OffQAttentionMetadata | None, dtype: torch.dtype = torch.fl
 
 
 METADATA = OffQAttentionMetadata(
-    max_query_len=5,
-    block_table=torch.tensor([[0]], dtype=torch.int32),
-    query_start_loc=torch.tensor([0, 5], dtype=torch.int32),
-    seq_lens=torch.tensor([5], dtype=torch.int32),
-    num_tokens=5,
-    image_tokens=None,
+    [
+        Batch(
+            num_tokens=5,
+            max_query_len=5,
+            block_table=torch.tensor([[0]], dtype=torch.int32),
+            query_start_loc=torch.tensor([0, 5], dtype=torch.int32),
+            seq_lens=torch.tensor([5], dtype=torch.int32),
+        )
+    ]
 )
 
 

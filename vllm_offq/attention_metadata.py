@@ -5,8 +5,7 @@ directions: to the kernels, each is a request of its own, whose one new token st
 ends.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -18,6 +17,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_offq.kernels import backend
@@ -27,6 +27,8 @@ from vllm_offq.kernels import backend
 class Batch:
     """Requests, each with some new tokens at its end."""
 
+    num_tokens: int
+    """New tokens of all."""
     max_query_len: int
     """No request has more new tokens."""
     block_table: Tensor
@@ -41,45 +43,53 @@ class Batch:
 class ImageTokens:
     """Tokens that see those of their image that come after them."""
 
-    rows: list[int]
+    block_table: Tensor
+    """Of the step's batch."""
+    rows: list[int] = field(default_factory=list)
     """Places in the step's batch."""
-    requests: list[int]
-    ends: list[int]
+    requests: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     """How many tokens of the request there are up to the image's end."""
-    after: list[int]
+    after: list[int] = field(default_factory=list)
     """How many of the image come after this one."""
+    _batches: dict[int | None, list[tuple[Tensor, Batch, int | None]]] = field(default_factory=dict)
 
-    def batches(
-        self, block_table: Tensor, sliding_window: int | None
-    ) -> Iterator[tuple[Tensor, Batch, int | None]]:
+    def batches(self, sliding_window: int | None) -> list[tuple[Tensor, Batch, int | None]]:
         """Tokens that have a window in common: rows [N], a batch of them, their window.
 
-        block_table: of the step's batch. A window begins as far before a token as it always does,
-        so from the image's end it is longer.
+        A window begins as far before a token as it always does, so from the image's end it is
+        longer. Layers with the same sliding window share them.
         """
+        if sliding_window not in self._batches:
+            self._batches[sliding_window] = self._cut(sliding_window)
+        return self._batches[sliding_window]
 
+    def _cut(self, sliding_window: int | None) -> list[tuple[Tensor, Batch, int | None]]:
         def window(token: int) -> int:
             longer = (sliding_window or self.ends[token]) + self.after[token]
             return 0 if self.ends[token] <= longer else longer
 
-        tokens = sorted(range(len(self.rows)), key=window)
-        device = block_table.device
-        for size, group in groupby(tokens, window):
+        found: list[tuple[Tensor, Batch, int | None]] = []
+        device = self.block_table.device
+        for size, group in groupby(sorted(range(len(self.rows)), key=window), window):
             chosen = list(group)
             rows, requests, ends = (
                 torch.tensor([values[token] for token in chosen], device=device)
                 for values in (self.rows, self.requests, self.ends)
             )
             starts = torch.arange(len(chosen) + 1, dtype=torch.int32, device=device)
-            yield rows, Batch(1, block_table[requests], starts, ends.int()), size or None
+            batch = Batch(len(chosen), 1, self.block_table[requests], starts, ends.int())
+            found.append((rows, batch, size or None))
+        return found
 
 
 @dataclass
-class OffQAttentionMetadata(Batch, AttentionMetadata):
+class OffQAttentionMetadata(AttentionMetadata):
     """One step's batch."""
 
-    num_tokens: int
-    image_tokens: ImageTokens | None
+    parts: list[Batch]
+    """One after the other in the step's batch."""
+    image_tokens: ImageTokens | None = None
     """None: all tokens see only what is before them."""
 
 
@@ -94,6 +104,8 @@ class OffQAttentionMetadataBuilder(AttentionMetadataBuilder[OffQAttentionMetadat
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if backend().FEATURES.decodes_apart:
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
     @classmethod
     def get_cudagraph_support(
@@ -115,16 +127,59 @@ class OffQAttentionMetadataBuilder(AttentionMetadataBuilder[OffQAttentionMetadat
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> OffQAttentionMetadata:
-        if common_attn_metadata.causal is not True:
-            raise NotImplementedError("OffQ's 4-bit KV cache supports causal attention only")
+        refuse_other_than_causal(common_attn_metadata)
         return OffQAttentionMetadata(
-            num_tokens=common_attn_metadata.num_actual_tokens,
-            max_query_len=common_attn_metadata.max_query_len,
-            block_table=common_attn_metadata.block_table_tensor,
-            query_start_loc=common_attn_metadata.query_start_loc,
-            seq_lens=common_attn_metadata.seq_lens,
+            parts=split(common_attn_metadata, self.reorder_batch_threshold),
             image_tokens=find_image_tokens(common_attn_metadata),
         )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> OffQAttentionMetadata:
+        """In one part: how many requests decode changes from one replay to the next."""
+        refuse_other_than_causal(common_attn_metadata)
+        return OffQAttentionMetadata(split(common_attn_metadata, None))
+
+
+def refuse_other_than_causal(common: CommonAttentionMetadata) -> None:
+    """Raises: NotImplementedError, for the developer of a model that vLLM routes here."""
+    if common.causal is not True:
+        raise NotImplementedError("OffQ's 4-bit KV cache supports causal attention only")
+
+
+def split(common: CommonAttentionMetadata, decode_threshold: int | None) -> list[Batch]:
+    """The step's batch, those that decode apart from those with more new tokens than that.
+
+    Programs share a long context only in a batch of few new tokens: a decode beside a prefill would
+    read its context with one. vLLM has them in this order. decode_threshold: most new tokens of a
+    decode; None: all in one.
+    """
+    tokens, table = common.num_actual_tokens, common.block_table_tensor
+    starts, lengths = common.query_start_loc, common.seq_lens
+    decodes, prefills, decode_tokens, prefill_tokens = 0, 1, 0, tokens
+    if decode_threshold is not None:
+        decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
+            common, decode_threshold
+        )
+    if not (decodes and prefills):
+        return [Batch(tokens, common.max_query_len, table, starts, lengths)]
+    assert decode_threshold is not None
+    return [
+        Batch(
+            decode_tokens,
+            decode_threshold,
+            table[:decodes],
+            starts[: decodes + 1],
+            lengths[:decodes],
+        ),
+        Batch(
+            prefill_tokens,
+            common.max_query_len,
+            table[decodes:],
+            starts[decodes:] - decode_tokens,
+            lengths[decodes:],
+        ),
+    ]
 
 
 def find_image_tokens(common: CommonAttentionMetadata) -> ImageTokens | None:
@@ -134,7 +189,7 @@ def find_image_tokens(common: CommonAttentionMetadata) -> ImageTokens | None:
     # Of requests in their prompt, where images are, this is no bound but the length itself.
     assert common.mm_req_doc_ranges is not None and common.seq_lens_cpu_upper_bound is not None
     lengths, starts = common.seq_lens_cpu_upper_bound.tolist(), common.query_start_loc_cpu.tolist()
-    found = ImageTokens([], [], [], [])
+    found = ImageTokens(common.block_table_tensor)
     for request, ranges in common.mm_req_doc_ranges.items():
         length = lengths[request]
         first = length - (starts[request + 1] - starts[request])

@@ -86,12 +86,14 @@ def refuse_unsupported_attention(layer: Attention, group_size: int) -> None:
     """Raises: UserError naming the first property of the layer that would be dropped."""
     chosen, features = layer.impl, backend().FEATURES
     multiple, most = features.kv_multiple, features.max_head_groups
+    largest = features.max_head_size
     refused = {
         f"a head size that {group_size} does not divide": layer.head_size % group_size,
         f"a head size or group that {multiple}, the step of its kernels, does not divide": (
             layer.head_size % multiple or group_size % multiple
         ),
         f"more than {most} groups in a head": most and layer.head_size > most * group_size,
+        f"heads of more than {largest} channels": largest and layer.head_size > largest,
         "a value head size other than the key head size": layer.head_size_v != layer.head_size,
         f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
         "ALiBi": chosen.alibi_slopes is not None or layer.use_alibi_sqrt,
@@ -194,7 +196,6 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
         workspace = attention_workspace(query.dtype, self.head_size, self.group_size, query.device)
         if attn_metadata is None:  # vLLM measures memory with a run without a cache.
             return output.zero_()
-        tokens = attn_metadata.num_tokens
 
         def attend(query: Tensor, batch: Batch, output: Tensor, sliding_window: int | None) -> None:
             backend().paged_attention(
@@ -213,15 +214,17 @@ class OffQAttentionImpl(AttentionImpl[OffQAttentionMetadata]):
                 workspace=workspace,
             )
 
-        attend(query[:tokens], attn_metadata, output[:tokens], self.sliding_window)
+        first = 0
+        for part in attn_metadata.parts:
+            rows = slice(first, first + part.num_tokens)
+            attend(query[rows], part, output[rows], self.sliding_window)
+            first = rows.stop
         if attn_metadata.image_tokens is not None:
-            parts = attn_metadata.image_tokens.batches(
-                attn_metadata.block_table, self.sliding_window
-            )
-            for rows, batch, window in parts:
-                attended = torch.empty_like(output[rows])
-                attend(query[rows], batch, attended, window)
-                output[rows] = attended
+            parts = attn_metadata.image_tokens.batches(self.sliding_window)
+            for places, batch, window in parts:
+                attended = torch.empty_like(output[places])
+                attend(query[places], batch, attended, window)
+                output[places] = attended
         return output
 
 

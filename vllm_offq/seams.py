@@ -13,9 +13,13 @@ SEAMS: dict[str, dict[str, set[str]]] = {
     f"{_LAYERS}.quantization.base_config": {
         "QuantizationConfig.get_quant_method": {"layer", "prefix"},
         "QuantizationConfig.maybe_update_config": {"model_name", "hf_config", "revision"},
+        "QuantizeMethodBase.embedding": {"layer"},
+        "QuantizeMethodBase.process_weights_after_loading": {"layer"},
     },
     f"{_LAYERS}.quantization.kv_cache": {"BaseKVCacheMethod.create_weights": {"layer"}},
     f"{_LAYERS}.linear": {
+        "LinearBase": set(),
+        "UnquantizedLinearMethod": set(),
         "register_weight_loader_v2_supported_method": {"cls"},
         "LinearMethodBase.create_weights": {
             "layer",
@@ -58,15 +62,29 @@ SEAMS: dict[str, dict[str, set[str]]] = {
     f"{_LAYERS}.fused_moe.activation": {"MoEActivation": set()},
     "vllm.model_executor.utils": {"set_weight_attrs": {"weight", "weight_attrs"}},
     "vllm.model_executor.parameter": {
+        "ChannelQuantScaleParameter.__init__": {"output_dim"},
+        "GroupQuantScaleParameter.__init__": set(),
         "PackedvLLMParameter.__init__": {"packed_factor", "packed_dim"},
     },
+    f"{_LAYERS}.vocab_parallel_embedding": {
+        "ParallelLMHead": set(),
+        "VocabParallelEmbedding": set(),
+    },
     f"{_LAYERS}.attention": {"Attention.__init__": {"attn_backend", "quant_config"}},
+    f"{_LAYERS}.attention_layer_base": {"AttentionLayerBase": set()},
     "vllm.v1.attention.backend": {
         "AttentionBackend.customize_spec": {"spec"},
         "AttentionBackend.get_supported_kernel_block_sizes": {"kv_cache_spec"},
         "AttentionImpl.forward": {"layer", "query", "kv_cache", "attn_metadata", "output"},
+        "AttentionMetadata": set(),
+        "AttentionMetadataBuilder._init_reorder_batch_threshold": {
+            "reorder_batch_threshold",
+            "supports_spec_as_decode",
+        },
         "AttentionMetadataBuilder.build": {"common_prefix_len", "common_attn_metadata"},
+        "AttentionMetadataBuilder.build_for_cudagraph_capture": {"common_attn_metadata"},
         "AttentionMetadataBuilder.get_cudagraph_support": {"vllm_config", "kv_cache_spec"},
+        "AttentionType": set(),
         "AttentionCGSupport": set(),
         "CommonAttentionMetadata": {
             "block_table_tensor",
@@ -85,7 +103,25 @@ SEAMS: dict[str, dict[str, set[str]]] = {
         "InductorPass.hash_source": {"srcs"},
         "enable_fake_mode": {"fn"},
     },
-    "vllm.config": {"CompilationConfig": set(), "CompilationMode": set()},
+    "vllm.v1.attention.backends.registry": {"AttentionBackendEnum": set()},
+    "vllm.v1.attention.backends.utils": {
+        "split_decodes_and_prefills": {"common_attn_metadata", "decode_threshold"},
+    },
+    "vllm.config": {
+        "CompilationConfig": set(),
+        "CompilationMode": set(),
+        "VllmConfig": set(),
+        "get_current_vllm_config": set(),
+        "get_current_vllm_config_or_none": set(),
+    },
+    "vllm.distributed": {
+        "get_tensor_model_parallel_rank": set(),
+        "get_tensor_model_parallel_world_size": set(),
+    },
+    "vllm.platforms.interface": {
+        "Platform.get_device_capability": set(),
+        "Platform.is_cuda_alike": set(),
+    },
     "vllm.ir.ops": {"rms_norm": set(), "fused_add_rms_norm": set()},
     f"{_LAYERS}.activation": {"SiluAndMul.forward_native": {"x"}},
     "vllm.v1.metrics.loggers": {
@@ -98,7 +134,10 @@ SEAMS: dict[str, dict[str, set[str]]] = {
         "is_workspace_manager_initialized": set(),
         "WorkspaceManager.get_simultaneous": {"shapes_and_dtypes"},
     },
-    "vllm.v1.kv_cache_interface": {"AttentionSpec": {"dtype", "head_size", "state_content_bytes"}},
+    "vllm.v1.kv_cache_interface": {
+        "AttentionSpec": {"dtype", "head_size", "state_content_bytes"},
+        "KVCacheLayout": set(),
+    },
 }
 """Module, name in it, parameters that we pass, override or read."""
 

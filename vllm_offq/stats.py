@@ -6,6 +6,7 @@ from typing import Any
 
 from prometheus_client import Gauge
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_offq.config import OffQConfig
@@ -61,7 +62,7 @@ def facts(vllm_config: VllmConfig, quant_config: OffQConfig) -> dict[str, str]:
         kv_bytes = str(page * model.get_total_num_kv_heads() * layers)
     return {
         "recipe": checkpoint.recipe,
-        "kernels": backend_name(),
+        "kernels": backend_name(_gpu()),
         "weight_bits": str(checkpoint.weights.bits),
         "activation_bits": "/".join(sorted({str(s.bits) for s in checkpoint.sites.values()})),
         "head_bits": str(checkpoint.head.bits if checkpoint.head else 16),
@@ -69,6 +70,15 @@ def facts(vllm_config: VllmConfig, quant_config: OffQConfig) -> dict[str, str]:
         "kv_bits": str(kv_cache.bits if kv_cache else 16),
         "kv_bytes_per_token": kv_bytes,
     }
+
+
+def _gpu() -> tuple[int, int] | None:
+    # As vLLM finds it, by the driver's management library: PyTorch would start CUDA in the API
+    # server's process, and take some hundred MB of the GPU, all of whose memory is given by then.
+    capability = (
+        current_platform.get_device_capability() if current_platform.is_cuda_alike() else None
+    )
+    return None if capability is None else (capability.major, capability.minor)
 
 
 @cache

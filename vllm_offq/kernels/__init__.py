@@ -23,42 +23,46 @@ logger = logging.getLogger(__name__)
 OVERRIDE = "VLLM_OFFQ_KERNELS"
 
 
+Gpu = tuple[int, int] | None
+"""Compute capability of the GPU; None: a machine without one."""
+
+
 class Backend(NamedTuple):
     """A module of kernels."""
 
     module: str
     for_gpu: bool | None
     """Whether for machines with a GPU, or without; None: for any."""
-    why_not: Callable[[], str | None]
+    why_not: Callable[[Gpu], str | None]
     """What keeps this machine from running it; None: nothing."""
     speed: str
     """Said in the log where a faster backend cannot be used; benchmarks/results/backends.txt."""
 
 
-def _why_not_triton() -> str | None:
+def _why_not_triton(gpu: Gpu) -> str | None:
     interprets = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    if not torch.cuda.is_available() and not interprets:
+    if gpu is None and not interprets:
         return "need a GPU, or TRITON_INTERPRET=1 to try them without one"
     if not find_spec("triton"):
         return "need triton; install it"
     from vllm_offq.kernels.triton.target import why_not_usable
 
-    return why_not_usable()
+    return None if gpu is None else why_not_usable(gpu)
 
 
-def _why_not_cpu() -> str | None:
+def _why_not_cpu(gpu: Gpu) -> str | None:
     from vllm_offq.kernels.cpu.library import why_not_usable
 
-    return _why_not_beside_gpu() or why_not_usable()
+    return _why_not_beside_gpu(gpu) or why_not_usable()
 
 
-def _why_not_numba() -> str | None:
+def _why_not_numba(gpu: Gpu) -> str | None:
     # Not imported to find out: it compiles its kernels then.
-    return _why_not_beside_gpu() or (None if find_spec("numba") else "need numba; install it")
+    return _why_not_beside_gpu(gpu) or (None if find_spec("numba") else "need numba; install it")
 
 
-def _why_not_beside_gpu() -> str | None:
-    return "are for machines without a GPU" if torch.cuda.is_available() else None
+def _why_not_beside_gpu(gpu: Gpu) -> str | None:
+    return None if gpu is None else "are for machines without a GPU"
 
 
 BACKENDS: dict[str, Backend] = {
@@ -68,7 +72,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(
         "vllm_offq.kernels.reference",
         None,
-        lambda: None,
+        lambda gpu: None,
         "plain PyTorch, on a CPU 5 to 280 times slower",
     ),
 }
@@ -82,7 +86,8 @@ def backend() -> ModuleType:
     Says once in the log which, and what keeps faster ones from being used.
     Raises: UserError if VLLM_OFFQ_KERNELS names none that this machine can run.
     """
-    name, fastest = backend_name(), _suited()[0]
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    name, fastest = backend_name(gpu), _suited(gpu)[0]
     if name == fastest or os.environ.get(OVERRIDE):
         logger.info("OffQ uses the %s kernels", name)
     else:
@@ -91,21 +96,22 @@ def backend() -> ModuleType:
             name,
             BACKENDS[name].speed,
             fastest,
-            BACKENDS[fastest].why_not(),
+            BACKENDS[fastest].why_not(gpu),
         )
     return import_module(BACKENDS[name].module)
 
 
-def backend_name() -> str:
+def backend_name(gpu: Gpu) -> str:
     """The first usable kernels of those for this machine, or those that VLLM_OFFQ_KERNELS names.
 
-    They are not imported, which would compile some.
+    They are not imported, which would compile some. gpu: asked of the caller, because PyTorch would
+    take memory of the GPU to say.
     Raises: UserError if VLLM_OFFQ_KERNELS names none that this machine can run.
     """
-    obstacles = {name: entry.why_not() for name, entry in BACKENDS.items()}
+    obstacles = {name: entry.why_not(gpu) for name, entry in BACKENDS.items()}
     usable = [name for name, obstacle in obstacles.items() if obstacle is None]
     override = os.environ.get(OVERRIDE)
-    name = override or next(name for name in _suited() if name in usable)
+    name = override or next(name for name in _suited(gpu) if name in usable)
     if name not in usable:
         reason = f": they {obstacles[name]}" if name in obstacles else ""
         raise UserError(
@@ -115,6 +121,5 @@ def backend_name() -> str:
     return name
 
 
-def _suited() -> list[str]:
-    has_gpu = torch.cuda.is_available()
-    return [name for name, entry in BACKENDS.items() if entry.for_gpu in (None, has_gpu)]
+def _suited(gpu: Gpu) -> list[str]:
+    return [name for name, entry in BACKENDS.items() if entry.for_gpu in (None, gpu is not None)]

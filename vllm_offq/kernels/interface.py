@@ -14,10 +14,15 @@ class Features(NamedTuple):
     """What block size, head size and group size of a KV cache must be multiples of."""
     max_head_groups: int | None
     """Most groups of a head; None: any number."""
+    max_head_size: int | None
+    """None: any."""
     cuda_graphs: bool
     """Whether a step can be recorded and replayed: nothing waits for a GPU to read its tensors."""
     fused_inputs: bool
     """Whether it has the linears that compute their own input: rms_norm_linear and so on."""
+    decodes_apart: bool
+    """Whether paged_attention is faster where requests with few new tokens come in a batch of their
+    own, not beside others with many."""
     attention_workspace: Callable[[torch.dtype, int, int, torch.device], int] | None = None
     """How many float32 paged_attention needs at most beside its tensors, for queries of a dtype,
     a head size, a group size, on a device; None: it takes no workspace."""

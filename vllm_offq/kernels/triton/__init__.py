@@ -34,11 +34,13 @@ __all__ = [
 FEATURES = Features(
     kv_multiple=16,
     max_head_groups=MAX_GROUPS,
+    max_head_size=256,
     cuda_graphs=True,
     fused_inputs=True,
+    decodes_apart=True,
     attention_workspace=attention_workspace,
 )
-"""16: a tile of a product, and the bytes of an aligned load."""
+"""16: a tile of a product, and the bytes of an aligned load; 256: more spill registers."""
 
 if knobs.runtime.interpret:
     # Not on a GPU: it builds on what Triton may change from one version to the next.

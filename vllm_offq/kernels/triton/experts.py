@@ -29,6 +29,7 @@ def experts(
         )
         for layer in (gate_up, down)
     ]
+    assert configs[0].block_m == configs[1].block_m  # both products cut the slots alike
     slots = sort_slots(topk_ids, num_experts, configs[0].block_m)
     quantized = rotate_quantize(x, *_grid(gate_up, configs[0]))
     quantized = sort_parameters(quantized, slots, top_k)

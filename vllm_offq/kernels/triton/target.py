@@ -9,22 +9,19 @@ from triton import knobs
 
 MIN_CAPABILITY = (8, 0)
 """The first NVIDIA GPUs whose tensor cores multiply integers as the kernels need it."""
-AMD_ARCHITECTURES = ("gfx942", "gfx950")
+AMD_CAPABILITIES = {(9, 4): "gfx942", (9, 5): "gfx950"}
+"""Of CDNA3 and CDNA4, whose matrix cores do."""
 
 
-def why_not_usable() -> str | None:
-    """What keeps this machine's GPU from running the kernels; None: nothing, or no GPU is meant."""
-    if knobs.runtime.interpret:
-        return None
+def why_not_usable(capability: tuple[int, int]) -> str | None:
+    """What keeps a GPU of this compute capability from running the kernels; None: nothing."""
+    found = ".".join(map(str, capability))
     if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
-        if name not in AMD_ARCHITECTURES:
-            return f"are for AMD GPUs of {' or '.join(AMD_ARCHITECTURES)}, and this one is {name}"
-    elif torch.cuda.get_device_capability() < MIN_CAPABILITY:
-        found, least = (
-            ".".join(map(str, version))
-            for version in (torch.cuda.get_device_capability(), MIN_CAPABILITY)
-        )
+        if capability not in AMD_CAPABILITIES:
+            names = " or ".join(AMD_CAPABILITIES.values())
+            return f"are for AMD GPUs of {names}, and this one has compute capability {found}"
+    elif capability < MIN_CAPABILITY:
+        least = ".".join(map(str, MIN_CAPABILITY))
         return f"need compute capability {least}, and this GPU has {found}"
     return None
 

@@ -1,7 +1,9 @@
-"""What `offq quantize` costs: time and memory a block, on models of random weights.
+"""What `offq quantize` costs: time and memory a block, on models of random weights; or of a model.
 
     python -m benchmarks.calibration                      # is memory independent of the depth?
     python -m benchmarks.calibration --shape llama-3-8b   # what would 8B and 70B cost here?
+    python -m benchmarks.calibration --model MODEL --calibration TEXT --samples 128 \\
+        --sequence-length 1024
 
 Each run is a process of its own, whose peak of resident memory the kernel reports.
 """
@@ -14,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,13 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.calibration_model import H100, block_work, matrix_bytes, this_machine
 from benchmarks.machine import describe_machine
 from calibration.memory import map_large_tensors
 from calibration.pipeline import quantize
 from calibration.settings import Settings
+from vllm_offq.errors import UserError
 
 SHAPES = {
     "small": LlamaConfig(
@@ -108,12 +111,11 @@ def write_text(folder: Path, shape: LlamaConfig, num_tokens: int) -> Path:
     return text
 
 
-def measure(model: Path, text: Path, layers: int, samples: int, sequence_length: int) -> Cost:
+def measure(model: Path, settings: Settings) -> Cost:
     """Quantize in a process of its own."""
-    settings = Settings(calibration=(str(text),), samples=samples, sequence_length=sequence_length)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(model, layers, settings, sender))
+    process = context.Process(target=_measure, args=(model, settings, sender))
     process.start()
     sender.close()
     try:
@@ -124,7 +126,7 @@ def measure(model: Path, text: Path, layers: int, samples: int, sequence_length:
         process.join()
 
 
-def _measure(model: Path, layers: int, settings: Settings, sender: object) -> None:
+def _measure(model: Path, settings: Settings, sender: object) -> None:
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -135,8 +137,9 @@ def _measure(model: Path, layers: int, settings: Settings, sender: object) -> No
 
     map_large_tensors()
     base = _peak_bytes()
-    with tempfile.TemporaryDirectory(dir=model) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         quantize(str(model), Path(folder) / "out", settings, progress=timed)
+    layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
     sender.send(Cost(layers, _peak_bytes(), base, seconds))  # type: ignore[attr-defined]
 
 
@@ -146,31 +149,49 @@ def _peak_bytes() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def run(shape: str, depths: list[int], samples: int, sequence_length: int) -> list[Cost]:
-    """One cost for each depth."""
+def run(shape: str, depths: list[int], settings: Settings) -> list[Cost]:
+    """One cost for each depth. settings: all but the text."""
     costs = []
     for layers in depths:
         with tempfile.TemporaryDirectory() as folder:
             model = make_model(Path(folder), SHAPES[shape], layers)
-            text = write_text(model, SHAPES[shape], samples * sequence_length)
-            costs.append(measure(model, text, layers, samples, sequence_length))
+            text = write_text(model, SHAPES[shape], settings.samples * settings.sequence_length)
+            costs.append(measure(model, replace(settings, calibration=(str(text),))))
     return costs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shape", choices=SHAPES, default="small")
+    what.add_argument("--model", type=Path, help="a real one, in a Hugging Face folder")
+    parser.add_argument("--calibration", action="append", help="its text, as of `offq quantize`")
+    parser.add_argument("--refine", type=int, default=0, metavar="STEPS")
     parser.add_argument("--layers", type=int, nargs="+", help="default: 4 8, of 8B and 70B 1 2")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512)
     arguments = parser.parse_args()
-    depths = arguments.layers or ([1, 2] if arguments.shape in DEPTH else [4, 8])
-    costs = run(arguments.shape, depths, arguments.samples, arguments.sequence_length)
+    if bool(arguments.model) != bool(arguments.calibration):
+        parser.error("--model and --calibration go together")
+    try:
+        settings = Settings(
+            calibration=tuple(arguments.calibration or Settings.calibration),
+            samples=arguments.samples,
+            sequence_length=arguments.sequence_length,
+            refine=arguments.refine,
+        )
+    except UserError as error:
+        parser.error(str(error))
+    if arguments.model:
+        costs, name = [measure(arguments.model, settings)], arguments.model.name
+    else:
+        depths = arguments.layers or ([1, 2] if arguments.shape in DEPTH else [4, 8])
+        costs, name = run(arguments.shape, depths, settings), f"blocks of {arguments.shape}"
     tokens = f"{arguments.samples} x {arguments.sequence_length} tokens"
     console = Console(width=140)
-    table = Table(title=f"offq quantize, blocks of {arguments.shape}, {tokens}")
+    table = Table(title=f"offq quantize, {name}, {tokens}")
     stages = list(costs[0].seconds)
-    for column in ("blocks", "peak MB", "of it imports", *(f"{stage}, s" for stage in stages)):
+    for column in ("blocks", "peak MB", "of it imports", *(f"{x}, s" for x in stages), "all, s"):
         table.add_column(column, justify="right")
     for cost in costs:
         table.add_row(
@@ -178,13 +199,14 @@ def main() -> None:
             f"{cost.peak_bytes / 1e6:.0f}",
             f"{cost.base_bytes / 1e6:.0f}",
             *(f"{cost.seconds[stage]:.1f}" for stage in stages),
+            f"{sum(cost.seconds.values()):.0f}",
         )
     console.print(table)
     if len(costs) > 1:
         console.print(by_depth(costs[0], costs[-1]))
-    if arguments.shape in DEPTH and len(costs) > 1:
-        workload = (arguments.samples, arguments.sequence_length)
-        console.print(elsewhere(arguments.shape, costs[0], costs[-1], *workload))
+        if arguments.shape in DEPTH:
+            workload = (arguments.samples, arguments.sequence_length)
+            console.print(elsewhere(arguments.shape, costs[0], costs[-1], *workload))
     console.print(describe_machine())
 
 

@@ -56,9 +56,7 @@ def builder(monkeypatch: pytest.MonkeyPatch, drafts: int | None = None, **featur
     """drafts: tokens that a speculating model is ahead."""
     stand_in = SimpleNamespace(FEATURES=reference.FEATURES._replace(**features))
     monkeypatch.setattr(attention_metadata, "backend", lambda: stand_in)
-    speculative = drafts and SimpleNamespace(
-        num_speculative_tokens=drafts, parallel_drafting=False
-    )
+    speculative = drafts and SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
     config: Any = SimpleNamespace(
         speculative_config=speculative,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),

@@ -101,8 +101,9 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path, monkeypatch: pytest.Mon
     for layers in (2, 5):
         folder = tmp_path / str(layers)
         folder.mkdir()
-        text = write_text(folder, shape, 2 * 128)
-        costs.append(measure(make_model(folder, shape, layers), text, layers, 2, 128))
+        model, text = make_model(folder, shape, layers), write_text(folder, shape, 2 * 128)
+        settings = Settings(calibration=(str(text),), samples=2, sequence_length=128)
+        costs.append(measure(model, settings))
     few, many = (cost.peak_bytes for cost in costs)
     of_a_block = 4 * sum(channels * rows for channels, rows in linears(shape))
     assert many - few < 3 * of_a_block / 2

@@ -124,22 +124,13 @@ def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return np.bitwise_or.reduce([byte << np.uint32(8 * i) for i, byte in enumerate(chosen)])
 
 
-def halves(op: Callable) -> Callable:
-    return lambda a, b: op(a.view(np.float16), b.view(np.float16)).view(np.uint32)
-
-
 PTX: dict[str, Callable] = {
     "mov.b32": np.copy,
     "and.b32": np.bitwise_and,
-    "or.b32": np.bitwise_or,
-    "xor.b32": np.bitwise_xor,
     "shl.b32": np.left_shift,
     "shr.u32": np.right_shift,
     "lop3.b32": lop3,
     "prmt.b32": prmt,
-    "add.f16x2": halves(np.add),
-    "sub.f16x2": halves(np.subtract),
-    "mul.f16x2": halves(np.multiply),
 }
 
 

@@ -51,8 +51,8 @@ def multiply_tile(
     HALF_GROUP: tl.constexpr = GROUP_SIZE // 2
     STEPS: tl.constexpr = (GROUP_SIZE + BLOCK_K - 1) // BLOCK_K  # of a group
     WHOLE: tl.constexpr = GROUP_SIZE % BLOCK_K == 0
-    # Sums of a step are of codes times 16, or of 8 bits: they fit the 23 digits of a float, of which
-    # START takes one. A group adds its steps in float32, so that no number of channels overflows.
+    # Codes are multiplied as bytes: a step's sum fits the digits that START leaves of a float.
+    # Steps are added in float32, so that no number of channels overflows.
     tl.static_assert(BLOCK_K * 128 * 128 < 1 << 22)
     pair = tl.arange(0, HALF_K)
     weight_ptrs = weight_ptr + output_row[:, None] * half_channels + pair[None, :]

@@ -33,6 +33,7 @@ RECIPES: dict[str, Settings] = {
     "+ basis chosen": replace(PAPER, basis="auto"),
     "+ heads principal": replace(PAPER, head_basis="principal"),
     "+ clip ratio 0.95": replace(PAPER, clip_ratio=None),
+    "+ clip ratio auto": replace(PAPER, clip_ratio="auto"),
     "+ GPTQ refined": replace(PAPER, refits=1),
     "+ GPTQ on quantized inputs": replace(PAPER, gptq_inputs="quantized"),
     "+ GPTQ corrected": replace(PAPER, gptq_inputs="corrected"),
@@ -40,7 +41,6 @@ RECIPES: dict[str, Settings] = {
     "offq": Settings(),
     "offq, weight groups": Settings(),
     "offq, fine groups": Settings(),  # likewise
-    "offq, weight groups, refined": Settings(refine=128),
     "offq, fine groups, refined": Settings(refine=128),
 }
 PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups", "offq, fine groups")

@@ -1,5 +1,6 @@
 """The command `offq`."""
 
+import errno
 import signal
 import sys
 from pathlib import Path
@@ -173,6 +174,11 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"offq: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"offq: {error.filename} is too long a name; choose a shorter one", file=sys.stderr)
         sys.exit(2)
 
 

@@ -108,6 +108,20 @@ def test_bad_models_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("place", ["model", "out"])
+def test_names_that_no_file_can_have_are_refused(
+    place: str,
+    original: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = {"model": original, "out": tmp_path / "out"} | {place: tmp_path / ("a" * 300)}
+    assert run(monkeypatch, "quantize", *paths.values()) == 2
+    assert_one_sentence(capsys, "is too long a name; choose a shorter one")
+    assert not any(tmp_path.iterdir())
+
+
 def assert_one_sentence(capsys: pytest.CaptureFixture[str], sentence: str) -> None:
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("offq: ") and sentence in error

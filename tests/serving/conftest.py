@@ -52,9 +52,10 @@ def triton_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     pytest.importorskip("triton")
     options = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "64"]
     options += ["--max-num-seqs", "4", "--max-model-len", "256"]
-    kernels = {"VLLM_OFFQ_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    environment = {"VLLM_OFFQ_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # so that weights can be reloaded
     folder = tmp_path_factory.mktemp("triton")
-    with serve_tiny(checkpoint, folder, *options, environment=kernels) as server:
+    with serve_tiny(checkpoint, folder, *options, environment=environment) as server:
         yield server
 
 

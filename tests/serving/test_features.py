@@ -119,21 +119,32 @@ def test_ngram_speculation_changes_no_token(float32_server: Server, special_serv
     assert metric(special_server, "vllm:prefix_cache_queries_total") == 0
 
 
-def test_weights_are_reloaded(special_server: Server, checkpoint: Path, tmp_path: Path) -> None:
-    """As after training: those of another checkpoint, then the first ones again."""
-    make_tiny_llama(tmp_path / "other", tied=False, seed=1)
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other")
+    make_tiny_llama(folder / "other", tied=False, seed=1)
     settings = Settings(samples=2, sequence_length=32, basis="top-1", refits=0)
-    quantize(str(tmp_path / "other"), tmp_path / "other-offq", settings)
-    before = complete(special_server, SENTENCES[2])
-    reload(special_server, tmp_path / "other-offq")
-    assert complete(special_server, SENTENCES[2]) != before
-    reload(special_server, checkpoint)
-    assert complete(special_server, SENTENCES[2]) == before
+    quantize(str(folder / "other"), folder / "other-offq", settings)
+    return folder / "other-offq"
+
+
+@pytest.mark.parametrize("kernels", ["special_server", "triton_server"])
+def test_weights_are_reloaded(
+    kernels: str, checkpoint: Path, other_checkpoint: Path, request: pytest.FixtureRequest
+) -> None:
+    """As after training: those of another checkpoint, then the first ones again."""
+    server: Server = request.getfixturevalue(kernels)
+    before = complete(server, SENTENCES[1])
+    reload(server, other_checkpoint)
+    assert complete(server, SENTENCES[1]) != before
+    reload(server, checkpoint)
+    assert complete(server, SENTENCES[1]) == before
 
 
 def reload(server: Server, model: Path) -> None:
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
     httpx.post(f"{server.url}/collective_rpc", json=body, timeout=60).raise_for_status()
+    httpx.post(f"{server.url}/reset_prefix_cache", timeout=60).raise_for_status()
 
 
 @pytest.fixture(scope="module")

@@ -120,11 +120,13 @@ def test_float32_server_answers_what_transformers_calculates(
 
 @torch.no_grad()
 def errors(answer: Answer, prompt: list[int], simulated: PreTrainedModel) -> Tensor:
-    """Of the log-probabilities of all tokens from the prompt's second on, given those before."""
+    """Of the log-probabilities of tokens from the prompt's second on (if they were asked for, else
+    from the answer's first), given those before."""
     tokens = torch.tensor(prompt + answer.tokens)
     logprobs = simulated(tokens[None]).logits[0, :-1].log_softmax(-1)
     expected = logprobs.gather(1, tokens[1:, None])[:, 0]
-    return (torch.cat([answer.prompt_logprobs, answer.logprobs]) - expected).abs()
+    found = torch.cat([answer.prompt_logprobs, answer.logprobs])
+    return (found - expected[-len(found) :]).abs()
 
 
 def test_triton_kernels_answer_what_transformers_calculates(
@@ -145,18 +147,24 @@ def test_triton_kernels_answer_what_transformers_calculates(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+@pytest.mark.parametrize(("dtype", "most"), [("float32", NOISE / 3), ("bfloat16", NOISE)])
 def test_a_compiled_model_computes_activations_where_it_quantizes_them(
-    checkpoint: Path, prompts: list[list[int]], simulated: PreTrainedModel, tmp_path: Path
+    dtype: str,
+    most: float,
+    checkpoint: Path,
+    prompts: list[list[int]],
+    simulated: PreTrainedModel,
+    tmp_path: Path,
 ) -> None:
-    """Of norms, which vLLM takes apart on a CPU, test_fusion.py says it."""
-    options = ["--dtype", "float32", "--max-num-seqs", "4", "--max-model-len", "256"]
+    """By Triton. Of norms, which vLLM takes apart on a CPU, test_fusion.py says it."""
+    options = ["--dtype", dtype, "--max-num-seqs", "4", "--max-model-len", "256"]
     environment = {"VLLM_OFFQ_KERNELS": "triton", "TRITON_INTERPRET": "1"}
     environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
     with serve_tiny(checkpoint, tmp_path, *options, environment=environment) as server:
         found = [errors(ask(server.url, prompt), prompt, simulated) for prompt in prompts[:2]]
     layers = simulated.config.num_hidden_layers
     assert f"OffQ fused the inputs of {layers} linears" in (tmp_path / "server.log").read_text()
-    assert all(error.mean() < NOISE / 3 for error in found)
+    assert all(error.mean() < most for error in found)
 
 
 def test_concurrent_requests_get_the_answers_they_get_alone(
@@ -177,6 +185,16 @@ def test_repeated_prompt_is_answered_from_the_prefix_cache(
         assert answer.tokens == expected[-1].tokens
         assert (answer.logprobs - expected[-1].logprobs).abs().median() < 1e-4
     assert metric(float32_server, "vllm:prefix_cache_hits_total") - hits_before >= 64
+
+
+def test_triton_kernels_read_what_is_in_the_prefix_cache(
+    triton_server: Server, prompts: list[list[int]], simulated: PreTrainedModel
+) -> None:
+    hits_before = metric(triton_server, "vllm:prefix_cache_hits_total")
+    for _ in range(2):
+        answer = ask(triton_server.url, prompts[-1], prompt_logprobs=False)
+        assert errors(answer, prompts[-1], simulated).mean() < NOISE / 3
+    assert metric(triton_server, "vllm:prefix_cache_hits_total") - hits_before >= 64
 
 
 def test_operators_see_what_is_served(float32_server: Server) -> None:

@@ -35,6 +35,7 @@ RECIPES: dict[str, Settings] = {
     "+ clip ratio 0.95": replace(PAPER, clip_ratio=None),
     "+ clip ratio auto": replace(PAPER, clip_ratio="auto"),
     "+ GPTQ refined": replace(PAPER, refits=1),
+    "+ GPTQ in activation order": replace(PAPER, gptq_order="activation"),
     "+ GPTQ on quantized inputs": replace(PAPER, gptq_inputs="quantized"),
     "+ GPTQ corrected": replace(PAPER, gptq_inputs="corrected"),
     "+ weight groups": PAPER,  # their size is the model's, see `settings_of`

@@ -18,6 +18,7 @@ from calibration.settings import (
     DTypeName,
     EmbeddingBits,
     GPTQInputs,
+    GPTQOrder,
     HeadBasis,
     HeadBits,
     KVBits,
@@ -100,6 +101,10 @@ def quantize(
             "before, or on these with weights that make up for the difference."
         ),
     ] = "original",
+    gptq_order: Annotated[
+        GPTQOrder,
+        typer.Option(help="Round channels as they are, or those of most energy first."),
+    ] = "channels",
     refits: Annotated[
         int, typer.Option(help="Rounds of fitting scales and codes to each other after GPTQ.")
     ] = 1,
@@ -145,6 +150,7 @@ def quantize(
         head_basis=head_basis,
         clip_ratio=clip_ratio,
         gptq_inputs=gptq_inputs,
+        gptq_order=gptq_order,
         refits=refits,
         refine=refine,
         activation_bits=activation_bits,

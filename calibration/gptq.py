@@ -52,24 +52,26 @@ def gptq(
     hessian: Tensor,
     group_size: int | None,
     *,
+    order: Tensor | None = None,
     correction: Correction | None = None,
     refits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of least output error, approximately.
 
     weight: [N, K] float32; hessian: [K, K] float32, of the inputs that the linear will see;
-    group_size: of the scales, None for one per row; correction: for inputs that are not the
-    original's; refits: rounds of fit_scales and descend after rounding.
+    group_size: of the scales, None for one per row; order: [K], in which channels are rounded,
+    None: as they are; correction: for inputs that are not the original's; refits: rounds of
+    fit_scales and descend after rounding.
     Returns: codes [N, K] int8, scales [N, 1] or [N, K / group_size] float16.
     """
-    metric, inverse_factor = factor(hessian)
+    metric, inverse_factor = factor(hessian, order)
     if correction is not None:
-        weight = correction.apply(weight, inverse_factor)
+        weight = correction.apply(weight, inverse_factor, order)
     inverse_factor = inverse_factor.float()
     parts = []
     for rows in weight.split(ROWS_AT_ONCE):
         codes, scales = _round_in_order(
-            rows, metric.diagonal(), inverse_factor, group_size or weight.shape[1]
+            rows, metric.diagonal(), inverse_factor, group_size or weight.shape[1], order
         )
         for _ in range(refits):
             scales = fit_scales(rows, codes, scales, metric)
@@ -79,18 +81,20 @@ def gptq(
     return codes, scales
 
 
-def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The damped Hessian H, float32, and the upper triangular R with ``R^T R = H^-1``, float64.
 
+    order: [K], that of R's rows and columns; None: H's.
     Damping is raised tenfold until the factorisation succeeds, which it must once the diagonal
     dominates. These matrices are the largest of a run, so each is dropped as soon as it can be.
     Raises: UserError if it never does, as with NaN.
     """
     mean = hessian.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny)
     damping = DAMPING
+    ordered = hessian if order is None else hessian[order][:, order]
     while True:
         # H = U U^T with U upper triangular is the Cholesky factor of H read backwards.
-        backwards = hessian.flip(0, 1).double()
+        backwards = ordered.flip(0, 1).double()
         backwards.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(backwards)
         del backwards
@@ -100,6 +104,7 @@ def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
         if damping > MOST_DAMPING:
             raise UserError("its input has no usable second moments; check the model's weights")
         logger.warning("a Hessian did not factor; damping it by %g of its mean diagonal", damping)
+    del ordered
     upper = lower.flip(0, 1)
     del lower
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
@@ -111,25 +116,37 @@ def factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_in_order(
-    weight: Tensor, importance: Tensor, inverse_factor: Tensor, group_size: int
+    weight: Tensor,
+    importance: Tensor,
+    inverse_factor: Tensor,
+    group_size: int,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Channel after channel, spreading each error over those still to come.
 
+    A group's scale is searched for when its turn comes, for what the errors before it have made of
+    its weights; in another order groups have no turn, and scales are those of the weight as it was.
+
     Returns: codes [N, K] and scales [N, K / group_size], float32.
     """
-    channels = weight.T.contiguous()  # [K, N], so that a step is contiguous
-    num_channels = len(channels)
-    codes = torch.empty_like(channels)
+    num_channels = weight.shape[1]
     scales: list[Tensor] = []
-    scale = channels.new_empty(0)
+    groups = torch.arange(num_channels) // group_size
+    channels = weight.T  # [K, N], so that a step is contiguous
+    if order is not None:
+        scales = list(search_scales(weight, importance, group_size).T)
+        channels, groups = channels[order], groups[order.cpu()]
+    channels = channels.clone(memory_format=torch.contiguous_format)
+    codes = torch.empty_like(channels)
+    group_of = groups.tolist()
     for start in range(0, num_channels, BLOCK_SIZE):
         end = min(start + BLOCK_SIZE, num_channels)
         errors = torch.empty_like(channels[start:end])
         for channel in range(start, end):
-            if channel % group_size == 0:
+            if group_of[channel] == len(scales):
                 group = slice(channel, channel + group_size)
-                scale = search_scales(channels[group].T, importance[group], group_size)[:, 0]
-                scales.append(scale)
+                scales.append(search_scales(channels[group].T, importance[group], group_size)[:, 0])
+            scale = scales[group_of[channel]]
             value = channels[channel]
             code = _round(value, scale)
             codes[channel] = code
@@ -138,6 +155,8 @@ def _round_in_order(
             channels[channel + 1 : end].addr_(rest, error, alpha=-1)
             errors[channel - start] = error
         channels[end:].addmm_(inverse_factor[start:end, end:].T, errors, alpha=-1)
+    if order is not None:
+        codes = torch.empty_like(codes).index_copy_(0, order, codes)
     return codes.T.contiguous(), torch.stack(scales, 1)
 
 

@@ -211,10 +211,12 @@ def round_weight(
     """Codes and scales as the settings ask for them; see gptq."""
     if settings.rounding == "rtn":
         return round_to_nearest(weight, moments.hessian.diagonal(), group_size)
+    by_energy = settings.gptq_order == "activation"
     return gptq(
         weight,
         moments.hessian,
         group_size,
+        order=moments.hessian.diagonal().argsort(descending=True) if by_energy else None,
         correction=moments.correction,
         refits=settings.refits,
     )

@@ -17,6 +17,7 @@ HeadBits = Literal["4", "8", "16"]
 EmbeddingBits = Literal["4", "8", "16"]
 HeadBasis = Literal["principal", "hadamard"]
 GPTQInputs = Literal["original", "quantized", "corrected"]
+GPTQOrder = Literal["channels", "activation"]
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -60,6 +61,8 @@ class Settings:
     gptq_inputs: GPTQInputs = "original"
     """What errors are minimised on: the original's inputs; those that come through the layers
     quantized before; or these, with weights that make up for the difference (GPTAQ)."""
+    gptq_order: GPTQOrder = "channels"
+    """In which channels are rounded: as they are, or those of most energy first."""
     refits: int = 1
     """Rounds that fit scales to codes and codes to each other after GPTQ."""
     refine: int = 0

@@ -138,6 +138,33 @@ def test_refits_never_raise_the_error_they_minimise(group_size: int) -> None:
     assert refined[0].min() >= -8 and refined[0].max() <= 7
 
 
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_channels_are_rounded_in_any_order(group_size: int | None) -> None:
+    """Errors land on channels that come later: those of most energy should not be the last."""
+    weight, hessian = problem(48, 256)
+    energy = torch.logspace(-2, 2, 256)  # the last channels have most
+    hessian = hessian * energy[:, None] * energy[None, :]
+    order = hessian.diagonal().argsort(descending=True)
+    plain, ordered = (
+        output_error(weight, *gptq(weight, hessian, group_size, order=o), hessian)
+        for o in (None, order)
+    )
+    assert ordered < 0.9 * plain
+
+
+def test_an_order_is_a_permutation_of_channels() -> None:
+    weight, hessian = problem(48, 256)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    codes, scales = gptq(weight, hessian, None, order=order, refits=1)
+    permuted = gptq(weight[:, order], hessian[order][:, order], None)
+    assert torch.equal(permuted[1], gptq(weight, hessian, None, order=order)[1])
+    assert torch.equal(permuted[0], gptq(weight, hessian, None, order=order)[0][:, order])
+    identity = torch.arange(256)
+    in_turn, as_they_are = gptq(weight, hessian, None, order=identity), gptq(weight, hessian, None)
+    assert all(map(torch.equal, in_turn, as_they_are))
+    assert codes.abs().max() <= 8 and scales.shape == (48, 1)
+
+
 def test_fitted_scales_are_the_best_for_their_codes() -> None:
     weight, hessian = problem(8, 128)
     codes, scales = (part.float() for part in round_to_nearest(weight, hessian.diagonal(), 64))

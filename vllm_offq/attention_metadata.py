@@ -156,14 +156,14 @@ def split(common: CommonAttentionMetadata, decode_threshold: int | None) -> list
     """
     tokens, table = common.num_actual_tokens, common.block_table_tensor
     starts, lengths = common.query_start_loc, common.seq_lens
-    decodes, prefills, decode_tokens, prefill_tokens = 0, 1, 0, tokens
-    if decode_threshold is not None:
-        decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
-            common, decode_threshold
-        )
+    whole = Batch(tokens, common.max_query_len, table, starts, lengths)
+    if decode_threshold is None:
+        return [whole]
+    decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
+        common, decode_threshold
+    )
     if not (decodes and prefills):
-        return [Batch(tokens, common.max_query_len, table, starts, lengths)]
-    assert decode_threshold is not None
+        return [whole]
     return [
         Batch(
             decode_tokens,

@@ -47,7 +47,7 @@ def _why_not_triton(gpu: Gpu) -> str | None:
         return "need triton; install it"
     from vllm_offq.kernels.triton.target import why_not_usable
 
-    return None if gpu is None else why_not_usable(gpu)
+    return None if gpu is None or interprets else why_not_usable(gpu)
 
 
 def _why_not_cpu(gpu: Gpu) -> str | None:

@@ -113,7 +113,7 @@ def cross_compile(
     over_2_gib: Collection[str] = (),
     **options: Any,
 ) -> Compilation:
-    """Compiles as at a launch where all pointers are aligned to 16 bytes.
+    """Compiles as at a launch where all pointers are aligned to 16 bytes, if the kernel asks.
 
     signature: argument to "*bf16", "*u8", "i32", "fp32" or alike; constants: all other arguments,
     among them pointers that are None and integers that are 1; divisible_by_16: integers that are
@@ -132,7 +132,8 @@ def cross_compile(
     for i, name in enumerate(kernel.arg_names):
         # As Triton writes it: D, divisible by 16; S, within 2 GiB, of which NVIDIA makes nothing.
         if signature.get(name, "").startswith("*"):
-            attributes[(i,)] = backend.parse_attr("D" if name in over_2_gib else "DS")
+            aligned = "" if kernel.params[i].do_not_specialize_on_alignment else "D"
+            attributes[(i,)] = backend.parse_attr(aligned + ("" if name in over_2_gib else "S"))
         elif name in divisible_by_16:
             attributes[(i,)] = backend.parse_attr("D")
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}

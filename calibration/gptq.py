@@ -132,11 +132,11 @@ def _round_in_order(
     num_channels = weight.shape[1]
     scales: list[Tensor] = []
     groups = torch.arange(num_channels) // group_size
-    channels = weight.T  # [K, N], so that a step is contiguous
+    # [K, N], so that a step is contiguous
+    channels = weight.T.clone(memory_format=torch.contiguous_format)
     if order is not None:
         scales = list(search_scales(weight, importance, group_size).T)
         channels, groups = channels[order], groups[order.cpu()]
-    channels = channels.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(channels)
     group_of = groups.tolist()
     for start in range(0, num_channels, BLOCK_SIZE):

@@ -211,12 +211,14 @@ def round_weight(
     """Codes and scales as the settings ask for them; see gptq."""
     if settings.rounding == "rtn":
         return round_to_nearest(weight, moments.hessian.diagonal(), group_size)
-    by_energy = settings.gptq_order == "activation"
+    order = None
+    if settings.gptq_order == "activation":
+        order = moments.hessian.diagonal().argsort(descending=True, stable=True)
     return gptq(
         weight,
         moments.hessian,
         group_size,
-        order=moments.hessian.diagonal().argsort(descending=True) if by_energy else None,
+        order=order,
         correction=moments.correction,
         refits=settings.refits,
     )

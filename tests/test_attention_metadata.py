@@ -146,6 +146,13 @@ def test_decodes_have_a_batch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(got, expected)
     # A graph is recorded with as many decodes as it may ever hold.
     assert new_tokens(found.build_for_cudagraph_capture(common)) == [(new, 50)]
+    # Of a batch that was padded, tokens and requests that there are not, the rows that there are.
+    common.query_start_loc = common.query_start_loc_cpu = torch.tensor([0, 1, 2, 52, 52]).int()
+    common.num_actual_tokens = 60
+    padded = attend(found.build(0, common), common, None)[-1]
+    assert torch.equal(
+        padded[:52], attend(builder(monkeypatch).build(0, common), common, None)[-1][:52]
+    )
     assert found.reorder_batch_threshold == 1
     assert builder(monkeypatch).reorder_batch_threshold is None
     for alike in ([1, 1], [50, 40]):
@@ -157,6 +164,8 @@ def test_tokens_that_a_draft_proposed_decode(monkeypatch: pytest.MonkeyPatch) ->
     found = builder(monkeypatch, drafts=3, decodes_apart=True)
     metadata = found.build(0, step(lengths=[60] * 3, new=[4, 2, 30]))
     assert new_tokens(metadata) == [([4, 2], 4), ([30], 30)]
+    metadata = found.build(0, step(lengths=[60] * 3, new=[1, 1, 30]))
+    assert new_tokens(metadata) == [([1, 1], 1), ([30], 30)]
 
 
 def test_a_step_without_images_costs_nothing() -> None:

@@ -68,8 +68,11 @@ def test_unsupported_attention_is_refused_by_name(change: dict[str, Any], messag
 def test_images_that_a_step_may_cut_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where their tokens see each other in both directions."""
 
-    def create(**scheduler: bool) -> None:
-        config = SimpleNamespace(scheduler_config=SimpleNamespace(**scheduler))
+    def create(half_batches: bool = False, **scheduler: bool) -> None:
+        parallel = SimpleNamespace(use_ubatching=half_batches)
+        config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(**scheduler), parallel_config=parallel
+        )
         monkeypatch.setattr(kv_cache, "get_current_vllm_config", lambda: config)
         kv_cache_method().create_weights(attention_layer(use_mm_prefix=True))
 
@@ -77,6 +80,8 @@ def test_images_that_a_step_may_cut_are_refused(monkeypatch: pytest.MonkeyPatch)
     create(enable_chunked_prefill=False, disable_chunked_mm_input=False)
     with pytest.raises(UserError, match="--disable-chunked-mm-input"):
         create(enable_chunked_prefill=True, disable_chunked_mm_input=False)
+    with pytest.raises(UserError, match="without --enable-dbo"):
+        create(True, enable_chunked_prefill=True, disable_chunked_mm_input=True)
 
 
 def test_sizes_between_the_steps_of_the_kernels_are_refused(

@@ -74,6 +74,7 @@ def test_other_models_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_api_server_takes_none_of_the_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """By then the engine has what there is: PyTorch, which would take some, is not asked."""
+    pytest.importorskip("triton")
     platform = SimpleNamespace(
         is_cuda_alike=lambda: True, get_device_capability=lambda: DeviceCapability(9, 0)
     )

@@ -167,7 +167,7 @@ def split(common: CommonAttentionMetadata, decode_threshold: int | None) -> list
     return [
         Batch(
             decode_tokens,
-            decode_threshold,
+            int(common.query_start_loc_cpu[: decodes + 1].diff().max()),
             table[:decodes],
             starts[: decodes + 1],
             lengths[:decodes],

@@ -116,7 +116,15 @@ def refuse_unsupported_attention(layer: Attention, group_size: int) -> None:
 
 
 def refuse_cut_images(vllm_config: VllmConfig) -> None:
-    """Raises: UserError if a step may end within an image whose tokens see those after them."""
+    """Raises: UserError if an image whose tokens see those after them may be cut, or not be seen.
+
+    vLLM's V1 model runner does not tell half batches where images are.
+    """
+    if vllm_config.parallel_config.use_ubatching:
+        raise UserError(
+            "the tokens of this model's images see each other in both directions, which is not "
+            "supported in half batches; start vLLM without --enable-dbo and --ubatch-size"
+        )
     scheduler = vllm_config.scheduler_config
     if scheduler.enable_chunked_prefill and not scheduler.disable_chunked_mm_input:
         raise UserError(

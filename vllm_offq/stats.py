@@ -73,8 +73,9 @@ def facts(vllm_config: VllmConfig, quant_config: OffQConfig) -> dict[str, str]:
 
 
 def _gpu() -> tuple[int, int] | None:
-    # As vLLM finds it, by the driver's management library: PyTorch would start CUDA in the API
-    # server's process, and take some hundred MB of the GPU, all of whose memory is given by then.
+    # As vLLM finds it, by the driver's management library where there is one: PyTorch would start
+    # CUDA in the API server's process, and take some hundred MB of the GPU, all of whose memory is
+    # given by then.
     capability = (
         current_platform.get_device_capability() if current_platform.is_cuda_alike() else None
     )

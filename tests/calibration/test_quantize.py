@@ -111,20 +111,24 @@ def test_gptq_beats_rounding_on_every_layer(
         assert error < nearest.output_error[name], name
 
 
-def test_gptq_inputs_decide_what_errors_are_minimised_on(
+def test_gptq_goes_by_its_settings(
     quantized: tuple[Path, Report], original: Path, text: Path, tmp_path: Path
 ) -> None:
     """The first layer's first site sees the same tokens either way, but on the grid or not."""
-    found = {"original": digests(quantized[0])}
-    for inputs in ("quantized", "corrected"):
-        settings = Settings(calibration=(str(text),), gptq_inputs=inputs, **QUICK)
-        report = quantize(str(original), tmp_path / inputs, settings)
-        validate_checkpoint(tmp_path / inputs)
+    found = {"default": digests(quantized[0])}
+    for option, value in (
+        ("gptq_inputs", "quantized"),
+        ("gptq_inputs", "corrected"),
+        ("gptq_order", "activation"),
+    ):
+        settings = Settings(calibration=(str(text),), **{option: value}, **QUICK)
+        report = quantize(str(original), tmp_path / value, settings)
+        validate_checkpoint(tmp_path / value)
         assert report.signal_to_noise["attention_input"][0] == pytest.approx(
             quantized[1].signal_to_noise["attention_input"][0], abs=0.3
         )
-        found[inputs] = digests(tmp_path / inputs)
-    assert len({str(files) for files in found.values()}) == 3
+        found[value] = digests(tmp_path / value)
+    assert len({str(files) for files in found.values()}) == 4
 
 
 def test_same_seed_and_input_give_the_same_bytes(

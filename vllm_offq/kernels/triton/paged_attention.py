@@ -39,7 +39,11 @@ def add_up(total, decay, terms, LATE_SUMS: tl.constexpr):
     return total * decay + terms
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_splits"])
+# Of a step's batch a part may be given, which begins anywhere: no kernel for each alignment.
+@triton.jit(
+    do_not_specialize=["num_requests", "num_splits"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
+)
 def paged_attention_kernel(
     query_ptr,
     query_token_stride,

@@ -6,12 +6,16 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 import pytest
+import torch
 import triton
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 import vllm_offq.kernels.triton
 from benchmarks.cross_compile import MMA, TARGETS, Target, count
 from benchmarks.gpu_kernels import INSTRUCTIONS
 from benchmarks.gpu_variants import Variant, variants
+from vllm_offq.kernels.triton.paged_attention import paged_attention_kernel
 
 VERSION = "3.7.1"
 """Whose instructions are kept; another Triton compiles to others."""
@@ -41,6 +45,19 @@ def test_every_kernel_is_compiled() -> None:
     for module in iter_modules(vllm_offq.kernels.triton.__path__, "vllm_offq.kernels.triton."):
         for name, value in vars(import_module(module.name)).items():
             assert not name.endswith("_kernel") or value in compiled
+
+
+def test_a_part_of_a_batch_is_served_by_the_same_kernel() -> None:
+    """It begins anywhere in the step's tensors; Triton compiles anew for another alignment."""
+    kernel = paged_attention_kernel
+    backend = make_backend(TARGETS["sm_80"].gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    whole = {name: torch.zeros(8) if name.endswith("_ptr") else 16 for name in kernel.arg_names}
+    starts = {"block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"}
+    part = {name: x[1:] if name in starts else x for name, x in whole.items()}
+    unaligned = whole | {"query_ptr": torch.zeros(8)[1:]}
+    compiled_for = [bind(**arguments)[1] for arguments in (whole, part, unaligned)]
+    assert compiled_for[0] == compiled_for[1] != compiled_for[2]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from calibration.architectures import Architecture, find_architecture
 from calibration.devices import CPU, device_of, dispatch, places
 from calibration.experts import separate_experts
+from calibration.memory import give_back
 from calibration.multimodal import Surroundings, plain_name, surroundings
 from calibration.source import class_names, generation_config, locate, read_config
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
@@ -122,6 +123,7 @@ class Original:
             for module in modules:
                 for name, _ in list(module.named_parameters(remove_duplicate=False)):
                     set_module_tensor_to_device(module, name, "meta")
+            give_back()
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

@@ -44,7 +44,7 @@ RECIPES: dict[str, Settings] = {
     "offq, fine groups": Settings(),  # likewise
     "offq, fine groups, refined": Settings(refine=128),
 }
-PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups", "offq, fine groups")
+PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups")
 """Recipes that are measured with one part quantized alone, too."""
 MODES = ("W4A4KV4", "W4A4", "W4A8KV4", "W4", "A4", "KV4")
 

@@ -42,6 +42,7 @@ RECIPES: dict[str, Settings] = {
     "offq": Settings(),
     "offq, weight groups": Settings(),
     "offq, fine groups": Settings(),  # likewise
+    "offq, weight groups, refined": Settings(refine=128),
     "offq, fine groups, refined": Settings(refine=128),
 }
 PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups")

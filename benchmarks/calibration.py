@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.calibration_model import H100, block_work, matrix_bytes, this_machine
 from benchmarks.machine import describe_machine
@@ -119,7 +119,8 @@ def measure(model: Path, settings: Settings) -> Cost:
     process.start()
     sender.close()
     try:
-        return receiver.recv()
+        found: Cost | UserError = receiver.recv()
+        return found if isinstance(found, Cost) else sys.exit(f"benchmarks.calibration: {found}")
     except EOFError:
         sys.exit("a run ended without a result, most likely for want of memory")
     finally:
@@ -137,10 +138,15 @@ def _measure(model: Path, settings: Settings, sender: object) -> None:
 
     map_large_tensors()
     base = _peak_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        quantize(str(model), Path(folder) / "out", settings, progress=timed)
-    layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
-    sender.send(Cost(layers, _peak_bytes(), base, seconds))  # type: ignore[attr-defined]
+    found: Cost | UserError
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = quantize(str(model), Path(folder) / "out", settings, progress=timed)
+        layers = max(map(len, report.signal_to_noise.values()))
+        found = Cost(layers, _peak_bytes(), base, seconds)
+    except UserError as error:
+        found = error
+    sender.send(found)  # type: ignore[attr-defined]
 
 
 def _peak_bytes() -> int:
@@ -173,6 +179,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.model) != bool(arguments.calibration):
         parser.error("--model and --calibration go together")
+    if arguments.model and arguments.layers:
+        parser.error("--layers is of models of random weights; leave it out with --model")
     try:
         settings = Settings(
             calibration=tuple(arguments.calibration or Settings.calibration),

@@ -12,15 +12,15 @@ class Features(NamedTuple):
 
     kv_multiple: int
     """What block size, head size and group size of a KV cache must be multiples of."""
-    max_head_groups: int | None
-    """Most groups of a head; None: any number."""
-    max_head_size: int | None
-    """None: any."""
-    cuda_graphs: bool
-    """Whether a step can be recorded and replayed: nothing waits for a GPU to read its tensors."""
     fused_inputs: bool
     """Whether it has the linears that compute their own input: rms_norm_linear and so on."""
-    decodes_apart: bool
+    max_head_groups: int | None = None
+    """Most groups of a head; None: any number."""
+    max_head_size: int | None = None
+    """None: any."""
+    cuda_graphs: bool = False
+    """Whether a step can be recorded and replayed: nothing waits for a GPU to read its tensors."""
+    decodes_apart: bool = False
     """Whether paged_attention is faster where requests with few new tokens come in a batch of their
     own, not beside others with many."""
     attention_workspace: Callable[[torch.dtype, int, int, torch.device], int] | None = None

@@ -13,14 +13,7 @@ from vllm_offq.kernels.interface import ExpertLinear, Features, Weight
 from vllm_offq.quantizer import dequantize, group_range, quantize
 from vllm_offq.rotation import apply_block_hadamard
 
-FEATURES = Features(
-    kv_multiple=1,
-    max_head_groups=None,
-    max_head_size=None,
-    cuda_graphs=False,
-    fused_inputs=True,
-    decodes_apart=False,
-)
+FEATURES = Features(kv_multiple=1, fused_inputs=True)
 
 
 def prepare_weight(weight_packed: Tensor, weight_scale: Tensor, group_size: int) -> Weight:

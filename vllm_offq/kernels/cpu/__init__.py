@@ -21,14 +21,7 @@ from vllm_offq.rotation import hadamard_core
 
 TILE, BLOCK, MAX_SEGMENT, MAX_CORE = 16, 8, 256, 256
 
-FEATURES = Features(
-    kv_multiple=TILE,
-    max_head_groups=None,
-    max_head_size=None,
-    cuda_graphs=False,
-    fused_inputs=False,
-    decodes_apart=False,
-)
+FEATURES = Features(kv_multiple=TILE, fused_inputs=False)
 
 
 @cache

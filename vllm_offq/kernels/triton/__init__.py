@@ -33,10 +33,10 @@ __all__ = [
 
 FEATURES = Features(
     kv_multiple=16,
+    fused_inputs=True,
     max_head_groups=MAX_GROUPS,
     max_head_size=256,
     cuda_graphs=True,
-    fused_inputs=True,
     decodes_apart=True,
     attention_workspace=attention_workspace,
 )

@@ -24,7 +24,8 @@ def calibration_tokens(
 ) -> Tensor:
     """Sequences of token ids, [samples, sequence_length] int64, the same for the same seed.
 
-    sources: values of --calibration, SOURCE or SOURCE=WEIGHT; the sequences come in their order.
+    sources: values of --calibration, SOURCE or SOURCE=WEIGHT. Sequences of several are shuffled:
+    trials of bases and clip ratios see the first ones alone.
     advance: called with the number of tokens made, samples * sequence_length in all at most.
     Raises: UserError if a source cannot be read, holds too few tokens, or some that the model does
     not have.
@@ -37,7 +38,10 @@ def calibration_tokens(
             parts.append(_pack(source, tokenizer, count, sequence_length, seed))
             refuse_foreign(int(parts[-1].max()), model)
             advance(parts[-1].numel())
-    return torch.cat(parts)
+    tokens = torch.cat(parts)
+    if len(parts) > 1:
+        tokens = tokens[torch.randperm(samples, generator=torch.Generator().manual_seed(seed))]
+    return tokens
 
 
 def _pack(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -53,22 +54,27 @@ def write_itself(
     generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
     torch.manual_seed(seed)
     sequences = []
-    for first in range(0, samples, BATCH_SIZE):
-        prompt = torch.full((min(BATCH_SIZE, samples - first), 1), start, device=model.device)
-        sequences.append(
-            generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_length=sequence_length,
-                eos_token_id=None,  # write on to the full length
-                pad_token_id=start,
-                stopping_criteria=StoppingCriteriaList([_Tick(advance)]),
+    # What the model's own says beyond these would count too: penalties, other lengths.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        for first in range(0, samples, BATCH_SIZE):
+            prompt = torch.full((min(BATCH_SIZE, samples - first), 1), start, device=model.device)
+            sequences.append(
+                generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_length=sequence_length,
+                    eos_token_id=None,  # write on to the full length
+                    pad_token_id=start,
+                    stopping_criteria=StoppingCriteriaList([_Tick(advance)]),
+                )
             )
-        )
+    finally:
+        model.generation_config = own
     return torch.cat(sequences).cpu()
 
 

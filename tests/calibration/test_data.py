@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_models import CORPUS, make_tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from calibration.data import calibration_tokens
@@ -231,6 +231,17 @@ def test_self_written_text_is_seeded(loaded: Loaded) -> None:
     assert not tokens_of(loaded, "self", samples=34, seed=1).equal(tokens)
 
 
+def test_self_written_text_is_sampled_as_it_is(loaded: Loaded) -> None:
+    """Whatever a model recommends for its answers: penalties, lengths, several at once."""
+    tokens = tokens_of(loaded, "self")
+    own = GenerationConfig(
+        do_sample=True, repetition_penalty=9.0, max_new_tokens=3, num_return_sequences=2
+    )
+    loaded[0].generation_config = own
+    assert tokens_of(loaded, "self").equal(tokens)
+    assert loaded[0].generation_config is own
+
+
 def test_weights_are_shares_of_the_samples(loaded: Loaded) -> None:
     Path("moon.txt").write_text("moon " * 900)
     Path("lamp.txt").write_text("lamp " * 900)
@@ -238,8 +249,10 @@ def test_weights_are_shares_of_the_samples(loaded: Loaded) -> None:
     sources = ("moon.txt=0.5", "lamp.txt=1.5", "self")
     tokens = calibration_tokens(sources, *loaded, 12, 32, 0, ticks.append)
     rows = [loaded[1].decode(row) for row in tokens]
-    assert [row.count("moon") > 5 for row in rows] == [True] * 2 + [False] * 10
-    assert [row.count("lamp") > 5 for row in rows] == [False] * 2 + [True] * 6 + [False] * 4
+    of_lamps = [row.count("lamp") > 5 for row in rows]
+    assert sum(row.count("moon") > 5 for row in rows) == 2
+    assert sum(of_lamps) == 6
+    assert 0 < sum(of_lamps[:6]) < 6, "what sees the first half alone should see every source"
     assert 11 * 32 < sum(ticks) <= 12 * 32  # what is left is the tokens that the model starts from
     assert calibration_tokens(sources, *loaded, 12, 32, 0, ticks.append).equal(tokens)
 

@@ -85,7 +85,7 @@ def write_head(
     else:
         assert inputs is not None
         try:
-            codes, scales = round_weight(weight, inputs, settings, head.weight_group_size)
+            codes, scales = round_weight(weight, inputs, settings, head.weight_group_size, name)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         _write(name, codes, scales, 4, writer)

@@ -55,16 +55,17 @@ def gptq(
     order: Tensor | None = None,
     correction: Correction | None = None,
     refits: int = 0,
+    what: str = "a weight",
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of least output error, approximately.
 
     weight: [N, K] float32; hessian: [K, K] float32, of the inputs that the linear will see;
     group_size: of the scales, None for one per row; order: [K], in which channels are rounded,
     None: as they are; correction: for inputs that are not the original's; refits: rounds of
-    fit_scales and descend after rounding.
+    fit_scales and descend after rounding; what: the weight's name, for warnings.
     Returns: codes [N, K] int8, scales [N, 1] or [N, K / group_size] float16.
     """
-    metric, inverse_factor = factor(hessian, order)
+    metric, inverse_factor = factor(hessian, order, what)
     if correction is not None:
         weight = correction.apply(weight, inverse_factor, order)
     inverse_factor = inverse_factor.float()
@@ -81,7 +82,9 @@ def gptq(
     return codes, scales
 
 
-def factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def factor(
+    hessian: Tensor, order: Tensor | None = None, what: str = "a weight"
+) -> tuple[Tensor, Tensor]:
     """The damped Hessian H, float32, and the upper triangular R with ``R^T R = H^-1``, float64.
 
     order: [K], that of R's rows and columns; None: H's.
@@ -103,7 +106,7 @@ def factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor
         damping *= 10
         if damping > MOST_DAMPING:
             raise UserError("its input has no usable second moments; check the model's weights")
-        logger.warning("a Hessian did not factor; damping it by %g of its mean diagonal", damping)
+        logger.warning("%s: damping the Hessian by %g of its mean, to factor it", what, damping)
     del ordered
     upper = lower.flip(0, 1)
     del lower

@@ -116,7 +116,8 @@ def quantize_block(
         stacked = torch.cat([linear.weight for linear in linears.values()])
         rows = [len(linear.weight) for linear in linears.values()]
         try:
-            codes, scales = round_weight(stacked, moments, settings, settings.weight_group_size)
+            group_size = settings.weight_group_size
+            codes, scales = round_weight(stacked, moments, settings, group_size, what)
         except UserError as error:
             raise UserError(f"{what}: {error}") from None
         parts = zip(linears.items(), codes.split(rows), scales.split(rows), strict=True)
@@ -206,9 +207,9 @@ def _collect(
 
 
 def round_weight(
-    weight: Tensor, moments: SiteMoments, settings: Settings, group_size: int | None
+    weight: Tensor, moments: SiteMoments, settings: Settings, group_size: int | None, what: str
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales as the settings ask for them; see gptq."""
+    """Codes and scales as the settings ask for them; see gptq. what: the weight's name."""
     if settings.rounding == "rtn":
         return round_to_nearest(weight, moments.hessian.diagonal(), group_size)
     order = None
@@ -221,4 +222,5 @@ def round_weight(
         order=order,
         correction=moments.correction,
         refits=settings.refits,
+        what=what,
     )

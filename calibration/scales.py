@@ -11,6 +11,10 @@ CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(25))
 ELEMENTS_AT_ONCE, ELEMENTS_IN_CACHE = 2**26, 2**17
 """Of a weight. The search goes over them often: on a CPU they should stay in the cache, on a GPU a
 small kernel takes as long as its launch."""
+NORMAL_ELEMENTS = 2**24
+"""Of normal equations at once: a row has as many as its groups squared."""
+SMALLEST = 2.0**-24
+"""Positive number of float16."""
 RIDGE = 1e-6
 """Of the mean of a row's normal equations: for groups whose codes are all zero."""
 
@@ -20,10 +24,9 @@ def stored_scale(scale: Tensor) -> Tensor:
 
     Raises: UserError if it is too large.
     """
-    limits = torch.finfo(torch.float16)
-    if not (scale <= limits.max).all():  # NaN is not either
+    if not (scale <= torch.finfo(torch.float16).max).all():  # NaN is not either
         raise UserError("a weight is too large for a float16 scale; the model is damaged")
-    return scale.clamp_min(limits.smallest_normal).half().float()
+    return scale.clamp_min(SMALLEST).half().float()
 
 
 def search_scales(weight: Tensor, importance: Tensor, group_size: int) -> Tensor:
@@ -63,6 +66,12 @@ def fit_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -
 
     weight, codes: [N, K] float32; scales: [N, G]; hessian: [K, K] float32. Returns: [N, G] float32.
     """
+    count = max(1, NORMAL_ELEMENTS // scales.shape[1] ** 2)
+    parts = zip(weight.split(count), codes.split(count), scales.split(count), strict=True)
+    return torch.cat([_fit_rows(*rows, hessian) for rows in parts])
+
+
+def _fit_rows(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
     num_groups = scales.shape[1]
     size = weight.shape[1] // num_groups
     target = (weight @ hessian).mul_(codes).unflatten(1, (num_groups, size)).sum(2).double()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibration import scales
 from calibration.correction import Correction
 from calibration.gptq import descend, factor, gptq, output_error, round_to_nearest
 from calibration.scales import fit_scales, search_scales
@@ -74,9 +75,9 @@ def test_a_hessian_that_does_not_factor_is_damped_until_it_does(
     """Float32 may leave eigenvalues below zero; here one of -3 beside a mean diagonal of 1."""
     hessian = torch.eye(64)
     hessian[0, 1] = hessian[1, 0] = 4.0
-    damped, inverse_factor = factor(hessian)
+    damped, inverse_factor = factor(hessian, what="w")
     assert damped[0, 0] == 1 + 10 and inverse_factor.isfinite().all()
-    assert [record.args for record in caplog.records] == [(0.1,), (1.0,), (10.0,)]
+    assert [record.args for record in caplog.records] == [("w", 0.1), ("w", 1.0), ("w", 10.0)]
 
 
 def test_a_hessian_that_never_factors_is_refused() -> None:
@@ -90,6 +91,15 @@ def test_scale_search_prefers_important_channels() -> None:
     scale = search_scales(weight, importance, 4)
     quantized = (weight / scale).round().clamp(-8, 7) * scale
     assert (quantized[0, 1:] - 0.1).abs().max() < 0.004
+
+
+@pytest.mark.parametrize("deviation", [1e-2, 1e-4, 1e-5])
+def test_small_weights_are_rounded_as_well(deviation: float) -> None:
+    weight, _ = problem(64, 128)
+    weight = weight / weight.std() * deviation
+    codes, scale = round_to_nearest(weight, torch.ones(128), None)
+    error = (codes * scale.float() - weight).square().sum() / weight.square().sum()
+    assert error < 0.02
 
 
 def test_a_weight_beyond_float16_scales_is_refused() -> None:
@@ -189,6 +199,19 @@ def test_fitted_scales_are_the_best_for_their_codes() -> None:
             changed = best.clone()
             changed[:, group] *= factor_
             assert output_error(weight, codes, changed, hessian) > error
+
+
+def test_scales_are_fitted_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their equations take memory by the square of the groups: 224 of 64 in Llama-3-8B."""
+    weight, hessian = problem(48, 256)
+    codes, old = (part.float() for part in gptq(weight, hessian, 64))
+    fitted = fit_scales(weight, codes, old, hessian)
+    sizes: list[int] = []
+    solve = torch.linalg.solve
+    monkeypatch.setattr(scales, "NORMAL_ELEMENTS", 10 * 4**2)
+    monkeypatch.setattr(torch.linalg, "solve", lambda a, b: sizes.append(a.numel()) or solve(a, b))
+    assert fit_scales(weight, codes, old, hessian).equal(fitted)
+    assert sizes == [160] * 4 + [128]
 
 
 def test_the_correction_makes_up_for_noise_in_the_inputs() -> None:

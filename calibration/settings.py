@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args
 
 from calibration.data_sources import SELF, shares
 from vllm_offq.errors import UserError
@@ -19,6 +19,22 @@ HeadBasis = Literal["principal", "hadamard"]
 GPTQInputs = Literal["original", "quantized", "corrected"]
 GPTQOrder = Literal["channels", "activation"]
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "recipe": get_args(RecipeName),
+    "weights": (None, *get_args(Rounding)),
+    "basis": get_args(Basis),
+    "head_basis": get_args(HeadBasis),
+    "gptq_inputs": get_args(GPTQInputs),
+    "gptq_order": get_args(GPTQOrder),
+    "activation_bits": get_args(ActivationBits),
+    "kv_bits": get_args(KVBits),
+    "head_bits": get_args(HeadBits),
+    "embedding_bits": get_args(EmbeddingBits),
+    "dtype": get_args(DTypeName),
+}
+"""What settings of few values may be."""
+GPTQ_ONLY = ("gptq_inputs", "gptq_order", "refits")
+"""Settings that rounding to nearest does not read."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +97,18 @@ class Settings:
     """Of what stays unquantized; auto: the original's, but bfloat16 for a float32 original."""
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise UserError(f"recipe {self.recipe} is unknown; choose from {', '.join(RECIPES)}")
+        for name, possible in CHOICES.items():
+            if (given := getattr(self, name)) not in possible:
+                known = ", ".join(filter(None, possible))
+                raise UserError(f"{_option(name)} {given!r} is unknown; choose from {known}")
         if self.samples < 1 or self.sequence_length < 2:
             raise UserError("--samples must be at least 1 and --sequence-length at least 2")
         self._refuse_groups("--group-size", self.group_size)
         self._refuse_groups("--weight-group-size", self.weight_group_size)
+        if self.rounding == "rtn":
+            self._refuse_unused("weights that are rounded to nearest", *GPTQ_ONLY)
+        if RECIPES[self.recipe].rotation != "principal":
+            self._refuse_unused(f"the recipe {self.recipe}", "basis", "head_basis")
         if not 0 <= self.seed < 2**64:  # what torch takes, and the datasets library
             raise UserError(f"--seed must be from 0 to 2^64 - 1, not {self.seed}")
         if isinstance(self.calibration, str):  # or its letters would be the sources
@@ -99,6 +121,15 @@ class Settings:
         if self.refine and self.samples < 2:
             raise UserError("--refine holds sequences aside, so --samples must be at least 2")
         shares(self.calibration, self.samples)  # refuses before a large model is read
+
+    def _refuse_unused(self, what: str, *names: str) -> None:
+        """Raises: UserError for one of these settings that is neither its default nor off."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in names and value not in (field.default, 0):
+                raise UserError(
+                    f"{_option(field.name)} {value} does nothing for {what}; leave it out"
+                )
 
     def _refuse_groups(self, option: str, size: int | None) -> None:
         if size is None:
@@ -120,3 +151,7 @@ class Settings:
         """Digest of the settings as canonical JSON (sorted keys, no spaces)."""
         canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -17,7 +17,7 @@ from calibration.fuse import fuse_block, fuse_embedding, fuse_head, fuse_rows
 from calibration.instrument import BlockInputs, block_inputs, instrument
 from calibration.loader import Original, load_original, refuse_overlap
 from calibration.model_card import model_card
-from calibration.plan import expected_bytes, plan, stored_dtype
+from calibration.plan import expected_bytes, plan, refuse_small_memory, stored_dtype
 from calibration.progress import Progress, no_progress
 from calibration.quantize_block import SHOWN_SITE, Streams, quantize_block
 from calibration.record import Record
@@ -72,6 +72,7 @@ def quantize(
     dtype = stored_dtype(settings, original)
     original_bytes = original.num_bytes
     continues = bool(resume) and unfinished(out)
+    refuse_small_memory(original, settings, continues)
     writer = CheckpointWriter(
         out,
         overwrite=overwrite,
@@ -110,9 +111,9 @@ class _Run:
 
     def quantize(self) -> None:
         original, saved = self.original, self.saved
+        instrument(original.model, original.architecture)
         tokens = self.tokens()
         batch_size = _batch_size(*tokens.shape)
-        instrument(original.model, original.architecture)
         rotations = self.rotations(tokens, batch_size).to(original.device)
         if self.record.clip_ratios is not None:
             self.config = clipped(self.config, self.record.clip_ratios)

@@ -4,11 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import psutil
 import torch
 
 import vllm_offq
 from calibration.architectures import Architecture
 from calibration.architectures.base import Site, head_size
+from calibration.data_sources import SELF, shares
+from calibration.devices import CPU
 from calibration.loader import Original
 from calibration.settings import RECIPES, Settings
 from vllm_offq.errors import UserError
@@ -106,6 +109,11 @@ def plan(
         )
 
     sites: dict[str, SiteConfig] = {site.name: site_config(site) for site in architecture.sites}
+    if settings.head_bits == "4" and architecture.layout.head_is_embedding:
+        raise UserError(
+            f"--head-bits 4 is not supported for {architecture.name}, whose head is the embedding, "
+            "which vLLM keeps in 16 bit; leave it out"
+        )
     head = None
     if settings.head_bits != "16" and not architecture.layout.head_is_embedding:
         head = HeadConfig(
@@ -157,6 +165,26 @@ def expected_bytes(original: Original, config: CheckpointConfig, dtype: torch.dt
         math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize
         for spec in expected_tensors(model_config, config).values()
     )
+
+
+def refuse_small_memory(original: Original, settings: Settings, continues: bool) -> None:
+    """Raises: UserError if the CPU has too little memory free for what needs the whole model.
+
+    continues: an earlier run has written the calibration text.
+    """
+    whole = 4 * sum(parameter.numel() for parameter in original.model.parameters())
+    needed, what, advice = 0, "", ""
+    if settings.refine:
+        needed, what, advice = 2 * whole, "--refine", "leave it out"
+    elif SELF in shares(settings.calibration, settings.samples) and not continues:
+        what, advice = "a model that writes its own calibration text", "give --calibration FILE"
+        needed = whole
+    free = psutil.virtual_memory().available
+    if original.device == CPU and free < needed:
+        raise UserError(
+            f"{what} takes {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free; "
+            f"{advice}: then a block at a time is enough"
+        )
 
 
 def stored_dtype(settings: Settings, original: Original) -> torch.dtype:

@@ -1,12 +1,17 @@
 """Group sizes: one for the whole model, chosen or refused before any long work."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig
 
 from calibration.architectures import find_architecture
-from calibration.plan import pick_group_size, plan
+from calibration.loader import load_original
+from calibration.plan import pick_group_size, plan, refuse_small_memory
 from calibration.settings import Settings
 from vllm_offq.errors import UserError
 from vllm_offq.format import CheckpointConfig
@@ -49,6 +54,51 @@ def test_offq_groups_by_the_default_size_and_heads_by_theirs() -> None:
     assert sizes(plan(LLAMA3, LLAMA, Settings())) == [128, 128, 128, 128]
     cache = plan(LLAMA3, LLAMA, Settings()).kv_cache
     assert cache is not None and cache.group_size == 128
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kv_bits": 4},
+        {"activation_bits": 8},
+        {"head_bits": "2"},
+        {"dtype": "int8"},
+        {"weights": "awq"},
+        {"recipe": "spinquant"},
+    ],
+)
+def test_what_is_no_choice_is_refused(wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    option = name.replace("_", "-")
+    with pytest.raises(UserError, match=f"^--{option} {value!r} is unknown; choose from [a-z48]"):
+        Settings(**wrong)
+
+
+def test_a_head_that_is_the_embedding_has_no_four_bits() -> None:
+    config = Gemma2Config(hidden_size=256, num_attention_heads=4, head_dim=64)
+    gemma = find_architecture(["Gemma2ForCausalLM"]).of(config)
+    assert plan(config, gemma, Settings()).head is None
+    with pytest.raises(UserError, match="--head-bits 4 is not supported for Gemma2ForCausalLM"):
+        plan(config, gemma, Settings(head_bits="4"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (Settings(), r"own calibration text takes 0\.0 GB .*; give --calibration FILE"),
+        (Settings(calibration=("a.txt",), refine=1), r"--refine takes 0\.0 GB .*; leave it out"),
+    ],
+)
+def test_too_small_a_memory_is_noticed_early(
+    settings: Settings, sentence: str, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_original(str(original))
+    refuse_small_memory(model, settings, continues=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UserError, match=sentence):
+        refuse_small_memory(model, settings, continues=False)
+    refuse_small_memory(model, Settings(calibration=("a.txt",)), continues=False)
+    refuse_small_memory(model, Settings(), continues=True)  # the text is there
 
 
 @pytest.mark.parametrize(

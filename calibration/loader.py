@@ -173,6 +173,14 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
             weights = ShardedWeights(Path(folder), plain_name if around else str)
         skeleton = _skeleton(config, architecture, devices[0])
         _refuse_unnamed(source, weights, skeleton, architecture)
+        tied = config.tie_word_embeddings or (around and around.config.tie_word_embeddings)
+        if not tied and f"{architecture.head}.weight" not in weights:
+            raise UserError(
+                f"{source} has no {architecture.head}.weight, and its configuration does not tie "
+                "it to the embedding; it may be incomplete"
+            )
+        if around is not None:
+            around.check(weights)
     except UserError:
         raise
     except Exception as error:
@@ -183,7 +191,7 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
     skeleton.config.quantization_config = None
     skeleton.generation_config = generation_config(folder) or skeleton.generation_config
     return Original(
-        name=Path(source).name if Path(source).exists() else source,
+        name=_name(source),
         model=skeleton,
         weights=weights,
         tokenizer=tokenizer,
@@ -192,6 +200,14 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
         devices=devices,
         surroundings=around,
     )
+
+
+def _name(source: str) -> str:
+    path = Path(source)
+    if not path.exists():
+        return source
+    # A link's own name says more than that of what it leads to, in the hub's cache above all.
+    return path.name if path.name not in ("", "..") else path.resolve().name
 
 
 def refuse_overlap(source: str, out: Path) -> None:

@@ -72,6 +72,11 @@ class Surroundings:
         """Of its tensors."""
         return sum(weights.num_bytes(name) for name in weights.names if is_rest(name))
 
+    def check(self, weights: Weights) -> None:
+        """Raises: UserError as `tensors` would, which comes after all other work."""
+        for _ in self.tensors(weights, lambda _: None):
+            pass
+
     def tensors(
         self, weights: Weights, fuse: Callable[[Tensor], None]
     ) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -36,10 +36,13 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         if not (path / CONFIG_FILE).is_file():
             raise UserError(f"{source} is no model folder: it has no {CONFIG_FILE}")
         return str(path), arguments
+    nowhere = UserError(f"{source} does not exist and is no hub id (owner/name)")
     if not HUB_ID.fullmatch(source):
-        raise UserError(f"{source} does not exist and is no hub id (owner/name)")
+        raise nowhere
     try:
         return snapshot_download(source, allow_patterns=FILES), arguments
+    except HFValidationError:
+        raise nowhere from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{source} is no local folder and cannot be fetched from the hub ({reason(error)})"

@@ -148,7 +148,7 @@ def collect(
         if not all(batch.isfinite().all() for batch in inputs.hidden):
             raise UserError(
                 f"layer {index} gives NaN or infinite activations on the calibration text; "
-                "check the model's weights or load it with --dtype float32"
+                "check the model's weights"
             )
         advance()
     statistics.top_tokens = torch.cat(top_tokens)

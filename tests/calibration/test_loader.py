@@ -59,6 +59,28 @@ def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
     assert one != other
 
 
+def test_a_model_here_has_the_name_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_llama(tmp_path / "llama")
+    monkeypatch.chdir(folder)
+    assert load_original(".").name == "llama"
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    assert load_original("..").name == "llama"
+    (tmp_path / "link").symlink_to(folder)
+    assert load_original(str(tmp_path / "link")).name == "link"
+
+
+def test_a_head_that_is_lost_is_not_the_embedding(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "model", tied=False)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no lm_head\.weight, .* may be incomplete"):
+        load_original(str(folder))
+
+
 @pytest.mark.parametrize("says", [True, False, None])
 def test_bos_is_put_where_a_gguf_says_so(tmp_path: Path, says: bool | None) -> None:
     writer = GGUFWriter(tmp_path / "tokenizer.gguf", "gemma3")

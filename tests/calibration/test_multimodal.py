@@ -183,10 +183,11 @@ def test_what_is_around_is_checked(tmp_path: Path) -> None:
     for changed, sentence in (
         ({weight: tensors[weight] * torch.nan}, f"{weight} is not of finite"),
         ({weight: tensors[weight][:64]}, f"{weight} has shape .64, 256., .* 256 wide"),
+        ({f"{TOWER}extra": torch.ones(1).long()}, f"{TOWER}extra is not of finite"),
     ):
         save_file(tensors | changed, path, metadata={"format": "pt"})
-        with pytest.raises(UserError, match=sentence):
-            quantize(str(folder), tmp_path / "out", SETTINGS)
+        with pytest.raises(UserError, match=sentence):  # before the long work
+            load_original(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,15 @@ def test_bad_models_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("model", ["../model", "./model", "out/my--model", "models/llama-"])
+def test_paths_that_lead_nowhere(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "quantize", model, "out") == 2
+    assert_one_sentence(capsys, f"{model} does not exist and is no hub id")
+
+
 @pytest.mark.parametrize("place", ["model", "out"])
 def test_names_that_no_file_can_have_are_refused(
     place: str,
@@ -139,6 +148,11 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], sentence: str) -> No
         (["--weight-group-size", "-128"], "--weight-group-size must be positive, not -128"),
         (["--recipe", "rtn", "--weight-group-size", "64"], "--weight-group-size does nothing for"),
         (["--seed", "1180591620717411303424"], "--seed must be from 0 to 2^64 - 1"),
+        (["--weights", "rtn", "--refits", "2"], "--refits 2 does nothing for weights that are"),
+        (["--recipe", "rtn", "--gptq-inputs", "corrected"], "--gptq-inputs corrected does nothing"),
+        (["--weights", "rtn", "--gptq-order", "activation"], "--gptq-order activation does noth"),
+        (["--recipe", "quarot", "--basis", "all"], "--basis all does nothing for the recipe quar"),
+        (["--recipe", "rtn", "--head-basis", "hadamard"], "--head-basis hadamard does nothing"),
         (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1"),
         (["--device", "cpu:5"], "--device cpu:5 is not supported; choose cpu, "),
         (["--sequence-length", "2048"], "--sequence-length 2048 is more than the 1024 tokens"),

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +131,20 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, failure: Exception) -> None
 def test_too_small_a_disk_is_noticed_early(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs 1000000000\.00 GB, but only"):
         CheckpointWriter(tmp_path / "model", expected_bytes=10**18)
+
+
+def test_what_a_stopped_run_has_written_needs_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "model") as writer:
+        writer.keep = True
+        writer.add("weight", torch.zeros(1000))
+        writer.commit()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    CheckpointWriter(tmp_path / "model", resume=True, expected_bytes=5000)
+    with pytest.raises(UserError, match=r"only 0\.00 GB are free"):
+        CheckpointWriter(tmp_path / "model", resume=True, expected_bytes=6000)
 
 
 def test_an_unwritable_place(tmp_path: Path) -> None:

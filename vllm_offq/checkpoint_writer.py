@@ -34,7 +34,8 @@ class CheckpointWriter:
     out: the final folder. overwrite: replace a model that stands there, at the very end.
     resume: start with what an earlier run left in the hidden folder, see `adopt`.
     max_shard_bytes: tensors are kept in memory until they fill a shard of this size.
-    expected_bytes: the size to come, where known; checked against the free space at once.
+    expected_bytes: of the whole checkpoint, where known; what of it is not there yet is checked
+    against the free space at once.
     prefix: of the language model's tensors in the checkpoint; its callers name them without.
     Raises: UserError if `out` exists, cannot be written, is being written by another run, or the
     disk is too small or full.
@@ -49,7 +50,12 @@ class CheckpointWriter:
         expected_bytes: int | None = None,
         prefix: str = "",
     ) -> None:
-        self._output = OutputFolder(out, overwrite, expected_bytes)
+        self._output = OutputFolder(out, overwrite)
+        if expected_bytes is not None:
+            # What an earlier run has left is gone on with, or removed.
+            parts = self._output.work.glob(f"{PART}*")
+            there = sum(part.stat().st_size for part in parts)
+            self._output.refuse_small_disk(expected_bytes - there)
         self.out = self._output.out
         self.folder = self._output.content
         """Other files of the checkpoint (the tokenizer's) may be saved here."""

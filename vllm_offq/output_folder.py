@@ -22,14 +22,11 @@ class OutputFolder:
     is of no use from then on. What a killed run has left is put in order first: a model that was
     about to be replaced returns to its name, and what is of no use is removed.
 
-    overwrite: replace a model that stands at `out`. expected_bytes: the size to come, where known.
-    Raises: UserError if `out` exists, cannot be written, is being written by another run, or the
-    disk is too small.
+    overwrite: replace a model that stands at `out`.
+    Raises: UserError if `out` exists, cannot be written or is being written by another run.
     """
 
-    def __init__(
-        self, out: Path, overwrite: bool = False, expected_bytes: int | None = None
-    ) -> None:
+    def __init__(self, out: Path, overwrite: bool = False) -> None:
         self.out = Path(out).resolve()
         self.work = partial_folder(self.out)
         self.content = self.work / CONTENT
@@ -54,11 +51,15 @@ class OutputFolder:
         parent = next(folder for folder in self.out.parents if folder.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
             raise UserError(f"cannot write to {parent}; choose another output folder")
-        free = shutil.disk_usage(parent).free
-        if expected_bytes is not None and free < expected_bytes:
+        self._parent = parent
+
+    def refuse_small_disk(self, num_bytes: int) -> None:
+        """Raises: UserError if there is no room for so many bytes."""
+        free = shutil.disk_usage(self._parent).free
+        if free < num_bytes:
             raise UserError(
-                f"the checkpoint needs {expected_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB "
-                f"are free at {parent}; free some space or choose another output folder"
+                f"the checkpoint needs {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB "
+                f"are free at {self._parent}; free some space or choose another output folder"
             )
 
     def open(self, resume: bool) -> None:

@@ -155,8 +155,9 @@ def test_other_settings_do_not_go_on(
     other = Settings(calibration=settings.calibration, samples=5, sequence_length=64)
     with pytest.raises(UserError, match="samples was 4 and is 5"):
         quantize(str(original), out, other, resume=True)
-    with pytest.raises(UserError, match="model was"):
-        quantize(str(make_tiny_llama(tmp_path / "changed", seed=1)), out, settings, resume=True)
+    moved = Path(shutil.copytree(original, tmp_path / "moved"))
+    with pytest.raises(UserError, match="model was 'model' and is 'moved'"):
+        quantize(str(moved), out, settings, resume=True)
     assert layers_done(out) == 1
     quantize(str(original), out, other, resume=False)
     validate_checkpoint(out)
@@ -189,6 +190,21 @@ def test_a_changed_model_does_not_go_on(
     assert before in text
     (model / file).write_text(text.replace(before, after))
     with pytest.raises(UserError, match=f"was another: [^;]*{sentence}[^;]*; repeat it"):
+        quantize(str(model), out, settings, resume=True)
+    assert layers_done(out) == 1
+
+
+def test_changed_weights_do_not_go_on(
+    original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = Path(shutil.copytree(original, tmp_path / "model")), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(1, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(model), out, settings)
+    other = make_tiny_llama(tmp_path / "other", layers=LAYERS, seed=1)
+    shutil.copyfile(other / "model.safetensors", model / "model.safetensors")
+    with pytest.raises(UserError, match=r"was another: weights was [^;]*; repeat it"):
         quantize(str(model), out, settings, resume=True)
     assert layers_done(out) == 1
 

@@ -53,7 +53,9 @@ def evaluate(
 
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise UserError(f"the folder of {json_file} does not exist; make it first")
-    console = Console()
+    if json_file is not None and json_file.is_dir():
+        raise UserError(f"{json_file} is a folder; give --json a file's name")
+    console = Console(markup=False, emoji=False)  # names may hold brackets and colons
     with _progress(console) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -75,7 +77,10 @@ def evaluate(
     console.print(_table(evaluation, text))
     if json_file is not None:
         content = {"text": str(text)} | asdict(evaluation)
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        try:
+            json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{json_file} cannot be written: {error.strerror}") from None
 
 
 def _progress(console: Console) -> Progress:

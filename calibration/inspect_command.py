@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vllm_offq.errors import UserError
 
@@ -91,9 +92,13 @@ def _kind(name: str, config: "CheckpointConfig") -> tuple[str, int | None]:
 
 
 def _print(content: dict[str, Any], problem: UserError | None) -> None:
-    console = Console()
+    from calibration.report.words import printable
+    from vllm_offq.wrappers import class_name
+
+    console = Console(markup=False, emoji=False)  # names may hold brackets and colons
     config = content["quantization_config"]
-    sizes = Table(title=f"{content['path']} ({', '.join(content['architecture'] or ['?'])})")
+    model_class = class_name({"architectures": content["architecture"]}) or "?"
+    sizes = Table(title=printable(f"{content['path']} ({model_class})"))
     sizes.add_column("kind")
     for column in ("tensors", "parameters", "MB"):
         sizes.add_column(column, justify="right")
@@ -114,8 +119,8 @@ def _print(content: dict[str, Any], problem: UserError | None) -> None:
         if site["online_hadamard"]:
             rotation.append(f"Hadamard {site['online_hadamard']}, online")
         sites.add_row(
-            name,
-            "\n".join(site["modules"]),
+            printable(name),
+            "\n".join(map(printable, site["modules"])),
             f"{site['bits']} bits, {kind}\ngroups of {site['group_size']}\n"
             f"clip ratio {site['clip_ratio']:g}",
             "\n".join(rotation) or "none",
@@ -127,7 +132,7 @@ def _print(content: dict[str, Any], problem: UserError | None) -> None:
     settings.add_column(overflow="fold")
     weights, cache = config["weights"], config["kv_cache"]
     scale_of = f"group of {weights['group_size']}" if weights["group_size"] else "channel"
-    settings.add_row("recipe", config["recipe"])
+    settings.add_row("recipe", printable(config["recipe"]))
     settings.add_row(
         "weights",
         f"{content['bits_per_quantized_weight']:.3f} bits each, one scale per {scale_of} included",
@@ -143,12 +148,14 @@ def _print(content: dict[str, Any], problem: UserError | None) -> None:
         groups = f"input of 8 in groups of {head['group_size']}"
         settings.add_row("head", f"{head['bits']} bits, {groups}")
     sixteen = [*config["ignore"], *([] if config["embedding"] else ["embedding"]), "norms"]
-    settings.add_row("16 bit", ", ".join(sixteen))
-    settings.add_row("format", f"version {config['format_version']}, {config['produced_by']}")
+    settings.add_row("16 bit", printable(", ".join(sixteen)))
+    made_by = printable(config["produced_by"])
+    settings.add_row("format", f"version {config['format_version']}, {made_by}")
     settings.add_row("settings, SHA-256", config["settings_sha256"])
     settings.add_row(
         "on disk",
         f"{content['bytes_on_disk'] / 1e6:.2f} MB, tensors in {content['shards']} file(s)",
     )
-    settings.add_row("validation", "[red]failed[/red]" if problem else "[green]passed[/green]")
+    verdict = Text("failed", "red") if problem else Text("passed", "green")
+    settings.add_row("validation", verdict)
     console.print(settings)

@@ -1,5 +1,6 @@
 """`offq quantize` on a terminal: progress while it runs, a summary at the end."""
 
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -36,8 +37,10 @@ def run(
             console.print("Stopped; the same command with --resume goes on from here.")
         raise
     console.print(summary(report))
-    console.print(f"Wrote {out} - serve it: vllm serve {out}", highlight=False)
-    console.print(f"Pictures of what happened: {out / HTML_FILE}", highlight=False)
+    # As they are, in one line each, so that the command can be copied.
+    plain = partial(console.print, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    plain(f"Wrote {out} - serve it: vllm serve {out}")
+    plain(f"Pictures of what happened: {out / HTML_FILE}")
 
 
 def summary(report: Report) -> Table:

@@ -167,3 +167,5 @@ def test_eval_looks_where_to_write_before_it_starts_an_engine(tmp_path: Path) ->
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UserError)
     assert "absent/figures.json does not exist" in str(result.exception)
+    result = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path)])
+    assert str(result.exception) == f"{tmp_path} is a folder; give --json a file's name"

@@ -52,6 +52,23 @@ def test_the_table_names_sites_and_settings(
         assert word in output
 
 
+@pytest.mark.parametrize("names", [[1], ["[/red]"], "Llama", ["\x1b[31mred"]])
+def test_names_of_no_class_are_shown_and_refused(
+    names: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = write(tmp_path / "model[w4]")
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": names}))
+    assert offq(monkeypatch, "inspect", str(checkpoint)) == 2
+    captured = capsys.readouterr()
+    assert "model[w4]" in "".join(captured.out.split("\n"))
+    assert "failed" in captured.out and "\x1b" not in captured.out
+    assert captured.err.startswith("offq: ")
+
+
 def test_an_invalid_checkpoint_is_shown_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ from benchmarks.accuracy_recipes import MODES, PARTS, RECIPES, Workload, measure
 from benchmarks.accuracy_table import table
 from benchmarks.machine import describe_machine
 from benchmarks.scores import Scores, keep, logprobs, loss
+from calibration.instrument import instrument
 from calibration.loader import load_original
 from vllm_offq.errors import UserError
 from vllm_offq.evaluate import cut_windows, prompt_start
@@ -42,6 +43,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Workload, Scor
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {arguments.text} cannot be read: {error}") from None
     original = load_original(arguments.model)
+    instrument(original.model, original.architecture)  # its attention knows Gemma 2's soft cap
     ids = original.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     cut = cut_windows(prompt_start(original.tokenizer), ids, arguments.window_length)
     windows = torch.tensor(cut[: arguments.windows])

@@ -14,6 +14,8 @@ import calibration
 import vllm_offq
 from benchmarks.accuracy_recipes import Measured, Workload
 from benchmarks.scores import Scores
+from calibration.data_documents import file_and_column
+from calibration.data_sources import parse_source
 from vllm_offq.metrics import Estimate
 
 Row = dict[str, tuple[Scores, float]]
@@ -37,7 +39,9 @@ class Cache:
         missing = [mode for mode in modes if not paths[mode].is_file()]
         for mode, scores, bits in measure(missing) if missing else ():
             kept = {"scores": asdict(scores), "bits": bits, "code": self.code}
-            paths[mode].write_text(json.dumps(kept), encoding="utf-8")
+            unfinished = paths[mode].with_suffix(".tmp")  # a run may be killed at any moment
+            unfinished.write_text(json.dumps(kept), encoding="utf-8")
+            unfinished.replace(paths[mode])
             self.console.print(f"{name}, {mode}: KL {Estimate.of(scores.kl).value:.4f}")
         found = {mode: json.loads(paths[mode].read_text()) for mode in modes}
         self.older += sum(kept["code"] != self.code for kept in found.values())
@@ -46,7 +50,7 @@ class Cache:
     def path(self, settings: dict[str, Any], mode: str) -> Path:
         """Where a recipe with these settings is kept."""
         workload = self.workload
-        texts = [_digest(Path(source)) for source in settings["calibration"]]
+        texts = [_text_digest(option) for option in settings["calibration"]]
         key = [settings, texts, mode, workload.fingerprint, workload.windows.tolist()]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         return self.folder / f"{digest}.json"
@@ -59,6 +63,11 @@ class Cache:
         return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()[:16]
 
 
+def _text_digest(option: str) -> str:
+    """Of the file that a value of --calibration names; of a dataset there is only its name."""
+    file = file_and_column(parse_source(option).name)
+    return _digest(file[0]) if file else ""
+
+
 def _digest(path: Path) -> str:
-    """Of what a file holds; of a source that is none there is only its name."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

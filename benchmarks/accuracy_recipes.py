@@ -24,13 +24,18 @@ from calibration.survey import survey
 from vllm_offq.checkpoint import Checkpoint
 from vllm_offq.format import CheckpointConfig
 
-PAPER = Settings(basis="top-1", head_basis="hadamard", clip_ratio=1.0, refits=0)
+OFFQ = Settings(head_bits="16")
+"""All rows but those of the ends leave the head alone, as QuaRot's does."""
+PAPER = replace(OFFQ, basis="top-1", head_basis="hadamard", clip_ratio=1.0, refits=0)
 """OffQ as arXiv 2606.07116 has it: what each addition is added to."""
 RECIPES: dict[str, Settings] = {
-    "rtn": Settings(recipe="rtn", refits=0),
-    "quarot": Settings(recipe="quarot", refits=0),
+    "rtn": replace(OFFQ, recipe="rtn", refits=0),
+    "quarot": replace(OFFQ, recipe="quarot", refits=0),
     "paper": PAPER,
     "+ basis chosen": replace(PAPER, basis="auto"),
+    "+ basis of all tokens": replace(PAPER, basis="all"),
+    "+ basis of sinks first": replace(PAPER, basis="sink"),
+    "+ basis a permutation": replace(PAPER, basis="permutation"),
     "+ heads principal": replace(PAPER, head_basis="principal"),
     "+ clip ratio 0.95": replace(PAPER, clip_ratio=None),
     "+ clip ratio auto": replace(PAPER, clip_ratio="auto"),
@@ -39,11 +44,17 @@ RECIPES: dict[str, Settings] = {
     "+ GPTQ on quantized inputs": replace(PAPER, gptq_inputs="quantized"),
     "+ GPTQ corrected": replace(PAPER, gptq_inputs="corrected"),
     "+ weight groups": PAPER,  # their size is the model's, see `settings_of`
-    "offq": Settings(),
-    "offq, weight groups": Settings(),
-    "offq, fine groups": Settings(),  # likewise
-    "offq, weight groups, refined": Settings(refine=128),
-    "offq, fine groups, refined": Settings(refine=128),
+    "offq": OFFQ,
+    "offq, head 8": replace(OFFQ, head_bits="8"),
+    "offq, head and embedding 8": replace(OFFQ, head_bits="8", embedding_bits="8"),
+    "offq, head and embedding 4": replace(OFFQ, head_bits="4", embedding_bits="4"),
+    "offq, weight groups": OFFQ,
+    "offq, weight groups, all of GPTQ": replace(
+        OFFQ, gptq_inputs="quantized", gptq_order="activation"
+    ),
+    "offq, fine groups": OFFQ,  # likewise
+    "offq, weight groups, refined": replace(OFFQ, refine=128),
+    "offq, fine groups, refined": replace(OFFQ, refine=128),
 }
 PARTS = ("rtn", "quarot", "paper", "offq", "offq, weight groups")
 """Recipes that are measured with one part quantized alone, too."""
@@ -76,7 +87,6 @@ def settings_of(name: str, workload: Workload) -> Settings:
         calibration=workload.calibration,
         samples=workload.samples,
         sequence_length=workload.sequence_length,
-        head_bits="16",
     )
     if "groups" not in name:
         return settings

@@ -42,7 +42,7 @@ def read_documents(
     Raises: UserError, at the document at fault, for what cannot be read.
     """
     source = BUILT_IN.get(source, source)
-    file = _file_and_column(source)
+    file = file_and_column(source)
     if file is None:
         records, column = _dataset(source, seed), (*source.split(":"), "", "", "")[3]
     else:
@@ -60,8 +60,11 @@ def read_documents(
         yield _document(record, column, tokenizer, where)
 
 
-def _file_and_column(source: str) -> tuple[Path, str] | None:
-    """The file that the source names, with "" where it names no column; None: no file."""
+def file_and_column(source: str) -> tuple[Path, str] | None:
+    """The file that the source names, with "" where it names no column; None: no file.
+
+    Raises: UserError if that does not exist.
+    """
     head, _, tail = source.rpartition(":")
     for name, column in ((source, ""), (head, tail)):
         path = Path(name)

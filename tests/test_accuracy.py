@@ -11,14 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from tiny_models import CORPUS, make_tiny_llama
+from tiny_models import CORPUS, make_tiny, make_tiny_llama
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from benchmarks import accuracy, peer
 from benchmarks.accuracy_cache import Cache
 from benchmarks.accuracy_recipes import MODES, Workload, set_mode
 from benchmarks.accuracy_table import table
 from benchmarks.scores import Scores, keep, logprobs, score
+from benchmarks.scores import kept as kept_scores
 from calibration.pipeline import quantize
 from calibration.settings import Settings
 from calibration.simulate import load_simulated
@@ -87,6 +89,25 @@ def test_every_row_is_compared_with_quarot_in_its_mode() -> None:
     assert alone.split("│")[3].strip() == "4.25"
 
 
+def test_the_original_is_its_eager_self(tmp_path: Path) -> None:
+    """Gemma 2's soft cap is not in the attention that transformers takes by itself."""
+    folder = make_tiny(tmp_path / "model", "Gemma2", attn_logit_softcapping=0.5)
+    (tmp_path / "text.txt").write_text(CORPUS)
+    arguments = SimpleNamespace(
+        model=str(folder),
+        text=tmp_path / "text.txt",
+        calibration=[],
+        samples=1,
+        sequence_length=32,
+        windows=1,
+        window_length=32,
+    )
+    workload, _ = accuracy.prepare(arguments, tmp_path)
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    expected = logprobs(eager.eval(), workload.windows[0])
+    torch.testing.assert_close(kept_scores(tmp_path, 0, 32), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command line on a tiny model, two recipes, and two windows of its own language."""
@@ -130,6 +151,18 @@ def test_rows_are_measured_once(
     text.write_text(text.read_text(encoding="utf-8") + CORPUS, encoding="utf-8")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         run(monkeypatch, capsys, command)
+
+
+@pytest.mark.parametrize("option", ["{}", "{}:prose", "{}=2", "{}:prose=0.5"])
+def test_rows_hold_for_the_content_of_a_text(option: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    workload = Workload("model", (), 2, 64, WINDOWS, tmp_path, "")
+    cache = Cache(tmp_path / "cache", workload, Console())
+    paths = []
+    for content in ("one", "other"):
+        text.write_text(content)
+        paths.append(cache.path({"calibration": [option.format(text)]}, "W4"))
+    assert paths[0] != paths[1]
 
 
 def test_modes_turn_on_what_their_names_say(command: list[str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sample_report import NOTHING_OPTIONAL, SITES, sample_report
 
 from calibration.report.compare_page import compare_page
 from calibration.report.page import report_page
+from calibration.report.schema import Histogram, Histograms
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
@@ -153,3 +154,40 @@ def test_an_outlier_layer_stands_out(tmp_path: Path) -> None:
         peak = drawn[drawn[:, 0] < drawn[:, 0].min() + 8]
         left, right = drawn[:, 1].min(), drawn[:, 1].max()
         assert abs(peak[:, 1].mean() - (left + (right - left) * worst / (layers - 1))) < 6
+
+
+def test_histograms_are_as_wide_as_their_activations(tmp_path: Path) -> None:
+    """On common axes; the original in the colour of what is worst, to its left or above."""
+    reaches = {"original": 32, "rotated": 16, "offset removed": 4}
+    stages = [
+        Histogram(
+            stage=stage,  # type: ignore[arg-type]
+            bin_edges=[float(edge) for edge in range(-reach, reach + 1)],
+            counts=[1000] * (2 * reach),
+            max_magnitude=reach,
+            rms=1.0,
+            kurtosis=3.0,
+        )
+        for stage, reach in reaches.items()
+    ]
+    histograms = Histograms(layer="model.layers.1", site=SITES[0], stages=stages)
+    changes = NOTHING_OPTIONAL | {"histograms": histograms}
+    report = sample_report(**changes, output_error={}, signal_to_noise={})
+    for width, shot in shoot(report_page(report), tmp_path).items():
+        axis = 1 if width == DESK else 0  # along which the panels stand
+        (original,), quantized = (panels(shot.where(c)) for c in (0xB4501E, 0x3B73A8))
+        found = [np.ptp(panel[:, 1]) for panel in (original, *quantized)]
+        assert found == pytest.approx([found[0] * r / 32 for r in reaches.values()], abs=3)
+        places = [panel[:, axis].mean() for panel in (original, *quantized)]
+        assert places == sorted(places)
+
+
+def panels(places: np.ndarray) -> list[np.ndarray]:
+    """Of places of a colour those that are apart from others and as high as a panel."""
+    rows = [part for part in apart(places, 0) if np.ptp(part[:, 0]) > 60]
+    return [panel for row in rows for panel in apart(row, 1)]
+
+
+def apart(places: np.ndarray, axis: int) -> list[np.ndarray]:
+    places = places[places[:, axis].argsort()]
+    return np.split(places, np.flatnonzero(np.diff(places[:, axis]) > 15) + 1)

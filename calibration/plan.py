@@ -182,8 +182,8 @@ def refuse_small_memory(original: Original, settings: Settings, continues: bool)
     free = psutil.virtual_memory().available
     if original.device == CPU and free < needed:
         raise UserError(
-            f"{what} takes {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free; "
-            f"{advice}: then a block at a time is enough"
+            f"{what} takes at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB "
+            f"are free; {advice}: then a block at a time is enough"
         )
 
 

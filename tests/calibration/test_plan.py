@@ -85,8 +85,11 @@ def test_a_head_that_is_the_embedding_has_no_four_bits() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (Settings(), r"own calibration text takes 0\.0 GB .*; give --calibration FILE"),
-        (Settings(calibration=("a.txt",), refine=1), r"--refine takes 0\.0 GB .*; leave it out"),
+        (Settings(), r"own calibration text takes at least 0\.0 GB .*; give --calibration FILE"),
+        (
+            Settings(calibration=("a.txt",), refine=1),
+            r"--refine takes at least 0\.0 GB .*; leave it out",
+        ),
     ],
 )
 def test_too_small_a_memory_is_noticed_early(

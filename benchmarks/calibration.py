@@ -9,6 +9,7 @@ Each run is a process of its own, whose peak of resident memory the kernel repor
 """
 
 import argparse
+import cProfile
 import json
 import multiprocessing
 import sys
@@ -28,6 +29,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.calibration_model import H100, block_work, matrix_bytes, this_machine
+from benchmarks.calibration_profile import seconds_by_part
+from benchmarks.calibration_profile import table as profile_table
 from benchmarks.machine import describe_machine
 from calibration.memory import map_large_tensors
 from calibration.pipeline import quantize
@@ -70,6 +73,8 @@ class Cost:
     base_bytes: int
     seconds: dict[str, float]
     """By stage."""
+    parts: dict[str, float]
+    """Seconds of benchmarks.calibration_profile.PARTS in all stages; 0 where not profiled."""
 
 
 def make_model(folder: Path, shape: LlamaConfig, layers: int) -> Path:
@@ -111,11 +116,11 @@ def write_text(folder: Path, shape: LlamaConfig, num_tokens: int) -> Path:
     return text
 
 
-def measure(model: Path, settings: Settings) -> Cost:
+def measure(model: Path, settings: Settings, profile: bool = False) -> Cost:
     """Quantize in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(model, settings, sender))
+    process = context.Process(target=_measure, args=(model, settings, profile, sender))
     process.start()
     sender.close()
     try:
@@ -127,7 +132,7 @@ def measure(model: Path, settings: Settings) -> Cost:
         process.join()
 
 
-def _measure(model: Path, settings: Settings, sender: object) -> None:
+def _measure(model: Path, settings: Settings, profile: bool, sender: object) -> None:
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -139,11 +144,15 @@ def _measure(model: Path, settings: Settings, sender: object) -> None:
     map_large_tensors()
     base = _peak_bytes()
     found: Cost | UserError
+    profiler = cProfile.Profile()
     try:
         with tempfile.TemporaryDirectory() as folder:
+            if profile:
+                profiler.enable()
             report = quantize(str(model), Path(folder) / "out", settings, progress=timed)
+            profiler.disable()
         layers = max(map(len, report.signal_to_noise.values()))
-        found = Cost(layers, _peak_bytes(), base, seconds)
+        found = Cost(layers, _peak_bytes(), base, seconds, seconds_by_part(profiler))
     except UserError as error:
         found = error
     sender.send(found)  # type: ignore[attr-defined]
@@ -174,6 +183,7 @@ def main() -> None:
     parser.add_argument("--calibration", action="append", help="its text, as of `offq quantize`")
     parser.add_argument("--refine", type=int, default=0, metavar="STEPS")
     parser.add_argument("--layers", type=int, nargs="+", help="default: 4 8, of 8B and 70B 1 2")
+    parser.add_argument("--profile", action="store_true", help="of --model: what takes the time")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512)
     arguments = parser.parse_args()
@@ -191,7 +201,8 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     if arguments.model:
-        costs, name = [measure(arguments.model, settings)], arguments.model.name
+        costs = [measure(arguments.model, settings, arguments.profile)]
+        name = arguments.model.name
     else:
         depths = arguments.layers or ([1, 2] if arguments.shape in DEPTH else [4, 8])
         costs, name = run(arguments.shape, depths, settings), f"blocks of {arguments.shape}"
@@ -210,6 +221,8 @@ def main() -> None:
             f"{sum(cost.seconds.values()):.0f}",
         )
     console.print(table)
+    if arguments.profile and arguments.model:
+        console.print(profile_table(costs[0].parts, sum(costs[0].seconds.values())))
     if len(costs) > 1:
         console.print(by_depth(costs[0], costs[-1]))
         if arguments.shape in DEPTH:

@@ -107,3 +107,13 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path, monkeypatch: pytest.Mon
     few, many = (cost.peak_bytes for cost in costs)
     of_a_block = 4 * sum(channels * rows for channels, rows in linears(shape))
     assert many - few < 3 * of_a_block / 2
+
+
+def test_a_profile_finds_all_parts(tmp_path: Path) -> None:
+    """They are named by functions, which a change might rename or leave unused."""
+    model = make_model(tmp_path, SHAPE, 1)
+    text = write_text(tmp_path, SHAPE, SAMPLES * SEQUENCE_LENGTH)
+    settings = Settings(calibration=(str(text),), samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
+    cost = measure(model, settings, profile=True)
+    assert all(seconds > 0 for seconds in cost.parts.values())
+    assert sum(cost.parts.values()) < sum(cost.seconds.values())

@@ -74,7 +74,7 @@ class Cost:
     seconds: dict[str, float]
     """By stage."""
     parts: dict[str, float]
-    """Seconds of benchmarks.calibration_profile.PARTS in all stages; 0 where not profiled."""
+    """Seconds of benchmarks.calibration_profile.PARTS in all stages; empty if not profiled."""
 
 
 def make_model(folder: Path, shape: LlamaConfig, layers: int) -> Path:
@@ -152,7 +152,8 @@ def _measure(model: Path, settings: Settings, profile: bool, sender: object) -> 
             report = quantize(str(model), Path(folder) / "out", settings, progress=timed)
             profiler.disable()
         layers = max(map(len, report.signal_to_noise.values()))
-        found = Cost(layers, _peak_bytes(), base, seconds, seconds_by_part(profiler))
+        parts = seconds_by_part(profiler) if profile else {}
+        found = Cost(layers, _peak_bytes(), base, seconds, parts)
     except UserError as error:
         found = error
     sender.send(found)  # type: ignore[attr-defined]

@@ -37,7 +37,9 @@ from vllm_offq.evaluate import cut_windows, prompt_start
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Workload, Scores]:
-    """Cut the text, and run the original over it."""
+    """Cut the text, and run the original over it. arguments: of `workload_parser`."""
+    if arguments.windows < 1:
+        raise UserError("--windows must be at least 1")
     try:
         text = arguments.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -74,8 +76,9 @@ def main() -> None:
         sys.exit(f"benchmarks.accuracy: {error}")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def workload_parser(description: str) -> argparse.ArgumentParser:
+    """Of the arguments that `prepare` takes."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model")
     parser.add_argument("--calibration", action="append", required=True)
     parser.add_argument("--samples", type=int, default=32)
@@ -83,6 +86,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to score")
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--window-length", type=int, default=1024)
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    parser = workload_parser((__doc__ or "").splitlines()[0])
     names = [*RECIPES, *peer.TRANSFORMS]
     parser.add_argument("--recipes", nargs="+", choices=names, help="default: all that can be run")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -96,8 +104,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("build/accuracy"))
     parser.add_argument("--peer-python", type=Path, help="a Python that has llm-compressor")
     arguments = parser.parse_args()
-    if arguments.windows < 1:
-        parser.error("--windows must be at least 1")
     arguments.recipes = arguments.recipes or (names if arguments.peer_python else list(RECIPES))
     if arguments.peer_python is None and not set(arguments.recipes) <= set(RECIPES):
         parser.error("llm-compressor's recipes need --peer-python")

@@ -190,6 +190,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.model) != bool(arguments.calibration):
         parser.error("--model and --calibration go together")
+    if arguments.profile and not arguments.model:
+        parser.error("--profile is of a real model; give --model")
     if arguments.model and arguments.layers:
         parser.error("--layers is of models of random weights; leave it out with --model")
     try:
@@ -222,7 +224,7 @@ def main() -> None:
             f"{sum(cost.seconds.values()):.0f}",
         )
     console.print(table)
-    if arguments.profile and arguments.model:
+    if arguments.profile:
         console.print(profile_table(costs[0].parts, sum(costs[0].seconds.values())))
     if len(costs) > 1:
         console.print(by_depth(costs[0], costs[-1]))

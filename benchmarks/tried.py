@@ -6,7 +6,6 @@ Other bases of the residual stream, by the trial that `--basis auto` makes; and 
 mean, which attention does not see, in a 4-bit cache. For models whose rotation can be fused.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from benchmarks.accuracy import prepare
+from benchmarks.accuracy import prepare, workload_parser
 from benchmarks.accuracy_recipes import OFFQ, Workload, calibration, set_mode
 from benchmarks.machine import describe_machine
 from benchmarks.scores import score
@@ -152,15 +151,7 @@ def cache_rows(workload: Workload, tokens: Tensor) -> Iterator[tuple[str, Estima
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibration", action="append", required=True)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to score")
-    parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--window-length", type=int, default=1024)
-    arguments = parser.parse_args()
+    arguments = workload_parser((__doc__ or "").splitlines()[0]).parse_args()
     console = Console(width=120)
     try:
         with TemporaryDirectory() as folder:

@@ -177,13 +177,13 @@ def refuse_small_memory(original: Original, settings: Settings, continues: bool)
     if settings.refine:
         needed, what, advice = 2 * whole, "--refine", "leave it out"
     elif SELF in shares(settings.calibration, settings.samples) and not continues:
-        what, advice = "a model that writes its own calibration text", "give --calibration FILE"
-        needed = whole
+        needed, what = whole, "a model that writes its own calibration text"
+        advice = "give --calibration FILE: then a block at a time is enough"
     free = psutil.virtual_memory().available
     if original.device == CPU and free < needed:
         raise UserError(
             f"{what} takes at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB "
-            f"are free; {advice}: then a block at a time is enough"
+            f"are free; {advice}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Group sizes: one for the whole model, chosen or refused before any long work."""
+"""What is chosen or refused before any long work: group sizes, settings, memory."""
 
 from dataclasses import replace
 from pathlib import Path

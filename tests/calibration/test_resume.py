@@ -163,6 +163,19 @@ def test_other_settings_do_not_go_on(
     validate_checkpoint(out)
 
 
+@pytest.fixture
+def stopped(
+    original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """A model to be changed, and the folder that a run of it was stopped on the way to."""
+    model, out = Path(shutil.copytree(original, tmp_path / "model")), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(1, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(model), out, settings)
+    return model, out
+
+
 @pytest.mark.parametrize(
     ("file", "before", "after", "sentence"),
     [
@@ -176,16 +189,10 @@ def test_a_changed_model_does_not_go_on(
     before: str,
     after: str,
     sentence: str,
-    original: Path,
+    stopped: tuple[Path, Path],
     settings: Settings,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, out = Path(shutil.copytree(original, tmp_path / "model")), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_after(1, patch, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            quantize(str(model), out, settings)
+    model, out = stopped
     text = (model / file).read_text()
     assert before in text
     (model / file).write_text(text.replace(before, after))
@@ -195,13 +202,9 @@ def test_a_changed_model_does_not_go_on(
 
 
 def test_changed_weights_do_not_go_on(
-    original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: tuple[Path, Path], settings: Settings, tmp_path: Path
 ) -> None:
-    model, out = Path(shutil.copytree(original, tmp_path / "model")), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_after(1, patch, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            quantize(str(model), out, settings)
+    model, out = stopped
     other = make_tiny_llama(tmp_path / "other", layers=LAYERS, seed=1)
     shutil.copyfile(other / "model.safetensors", model / "model.safetensors")
     with pytest.raises(UserError, match=r"was another: weights was [^;]*; repeat it"):

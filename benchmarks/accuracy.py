@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     with TemporaryDirectory() as folder:
         workload, original = prepare(arguments, Path(folder))
         cache = Cache(arguments.cache, workload, console)
-        for name in arguments.recipes:
+        for name in applicable(arguments.recipes, workload, console):
             settings, modes, run_recipe = recipe(name, arguments, workload)
             wanted = [mode for mode in arguments.modes if mode in modes]
             rows[name] = cache.row(name, settings, wanted, run_recipe)
@@ -141,6 +141,16 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         console.print(
             f"{cache.older} rows are from --cache, measured by other versions of the code"
         )
+
+
+def applicable(names: list[str], workload: Workload, console: Console) -> list[str]:
+    """Of recipes, those that suit the model. Prints why another one does not."""
+    architecture = load_original(workload.model).architecture
+    refusals = {name: peer.refusal(name, architecture) for name in names if name in peer.TRANSFORMS}
+    for name, reason in refusals.items():
+        if reason:
+            console.print(f"no row of {name}: {reason}")
+    return [name for name in names if not refusals.get(name)]
 
 
 def recipe(

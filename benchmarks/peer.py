@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 
 from benchmarks.accuracy_recipes import Measured, Workload, calibration, group_sizes
 from benchmarks.scores import Scores
+from calibration.architectures import Architecture
 from calibration.settings import Settings
+from calibration.source import locate
 from vllm_offq.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +73,15 @@ def settings_of(name: str, version: str, workload: Workload) -> dict[str, Any]:
     }
 
 
+def refusal(name: str, architecture: Architecture) -> str | None:
+    """Why a transform cannot be applied to a family of models, if it cannot."""
+    rotations = TRANSFORMS[name].get("SpinQuantModifier", {}).get("rotations", ())
+    if "R1" in rotations and architecture.output_norms:
+        # llm-compressor takes all norms for Llama's, and fails on Gemma with a traceback.
+        return f"R1 cannot pass the norms of {architecture.name} after attention and MLP"
+    return None
+
+
 def version(python: Path) -> str:
     """Of llm-compressor in a Python's environment. Raises: UserError if it has none."""
     query = "from importlib.metadata import version; print(version('llmcompressor'))"
@@ -94,8 +105,10 @@ def measure(
         folder = Path(name)
         tokens, task, out = folder / "tokens.safetensors", folder / "task.json", folder / "out.json"
         save_file({"calibration": calibration(workload), "windows": workload.windows}, tokens)
+        model, arguments = locate(workload.model)
         content = {
-            "model": workload.model,
+            "folder": model,
+            "arguments": arguments,
             "tokens": str(tokens),
             "references": str(workload.references),
             "recipe": json.dumps(settings["recipe"]),

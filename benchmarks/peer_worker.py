@@ -40,7 +40,8 @@ def set_mode(model: Any, mode: str) -> None:
 def main(task: dict[str, Any]) -> None:
     """Quantize, and score each mode."""
     tokens = load_file(task["tokens"])
-    model: Any = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    arguments = {"dtype": torch.float32} | task["arguments"]
+    model: Any = AutoModelForCausalLM.from_pretrained(task["folder"], **arguments)
     samples: Any = [
         {"input_ids": sample, "attention_mask": torch.ones_like(sample)}
         for sample in tokens["calibration"]

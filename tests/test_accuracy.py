@@ -220,6 +220,24 @@ def test_peer_stands_in_the_table(
         assert float(top1.split()[0]) > 0.5
 
 
+def test_peer_that_does_not_suit_the_model_has_no_row(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 0.14\n")  # all that is asked of it: its version
+    python.chmod(0o755)
+    gemma = make_tiny(tmp_path / "model", "Gemma3")
+    words = [command[0], str(gemma), *command[2:], "--peer-python", str(python)]
+    name = next(iter(peer.TRANSFORMS))
+    found = run(monkeypatch, capsys, [*words, "--recipes", name])
+    reason = "R1 cannot pass the norms of Gemma3ForCausalLM after attention and MLP"
+    assert f"no row of {name}: {reason}" in found
+    assert not any(line.startswith(f"│ {name}") for line in found)
+
+
 def kl_of_quarot(lines: list[str]) -> float:
     return float(cells(lines, "quarot")[3].split()[0])
 

@@ -1,7 +1,7 @@
 """What surrounds the language model of a multimodal class: copied, but for where it is joined.
 
-Calibration sees the language model alone. Its residual stream is rotated, so the linear that writes
-images to it must rotate them likewise.
+Calibration sees the language model alone. Its residual stream is rotated, so what writes images to
+it must rotate them likewise.
 """
 
 import re
@@ -19,13 +19,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from calibration.weights import Weights
 from vllm_offq.errors import UserError
 from vllm_offq.format import CONFIG_FILE
-from vllm_offq.wrappers import PREFIX, WRAPPERS, Wrapper, is_rest
+from vllm_offq.wrappers import PREFIX, WRAPPERS, Wrapper
 
 SAVED_BY_TRANSFORMERS = {
     "model.language_model.": f"{PREFIX}model.",
     "lm_head.": f"{PREFIX}lm_head.",
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.image_newline": "image_newline",
 }
 """Names that some of its versions give, and those of the hub, which vLLM has."""
 CLIP_LIKE = re.compile(r"vision_tower\.(?=(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)")
@@ -70,7 +71,7 @@ class Surroundings:
 
     def num_bytes(self, weights: Weights) -> int:
         """Of its tensors."""
-        return sum(weights.num_bytes(name) for name in weights.names if is_rest(name))
+        return sum(map(weights.num_bytes, filter(self.wrapper.surrounds, weights.names)))
 
     def check(self, weights: Weights) -> None:
         """Raises: UserError as `tensors` would, which comes after all other work."""
@@ -80,16 +81,16 @@ class Surroundings:
     def tensors(
         self, weights: Weights, fuse: Callable[[Tensor], None]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Its tensors one by one, the same but for the last linear of the projector.
+        """Its tensors one by one, the same but for those that write to the residual stream.
 
-        fuse: called with what of that writes to the residual stream, [..., n], to change in place.
+        fuse: called with each of these as [..., n], n channels of the stream, to change in place.
         Raises: UserError naming one that is missing or cannot be used.
         """
         width = self.config.get_text_config().hidden_size
-        names = [name for name in weights.names if is_rest(name)]
-        joint = next(iter(self.wrapper.into_stream))
-        if joint not in names:
-            raise UserError(f"tensor {joint} is missing in {self.folder}; it may be incomplete")
+        names = list(filter(self.wrapper.surrounds, weights.names))
+        for name in self.wrapper.needed:
+            if name not in names:
+                raise UserError(f"tensor {name} is missing in {self.folder}; it may be incomplete")
         for name in names:
             tensor = weights.load(name)
             if not (tensor.is_floating_point() and tensor.isfinite().all()):

@@ -38,7 +38,6 @@ from vllm_offq.format import (
     unpack_int8,
 )
 from vllm_offq.quantizer import dequantize
-from vllm_offq.wrappers import is_rest
 
 
 @contextmanager
@@ -70,7 +69,8 @@ def load_simulated(path: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
     checkpoint = Checkpoint(Path(path))
     hf_config = AutoConfig.from_pretrained(path)
     around = surroundings(hf_config, Path(path))
-    rest = {name: checkpoint.load(name) for name in checkpoint.names if around and is_rest(name)}
+    names = filter(around.wrapper.surrounds, checkpoint.names) if around else ()
+    rest = {name: checkpoint.load(name) for name in names}
     tensors = {
         plain_name(name) if around else name: checkpoint.load(name)
         for name in checkpoint.names

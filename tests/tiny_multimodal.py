@@ -14,6 +14,8 @@ from transformers import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     PixtralImageProcessorPil,
 )
@@ -31,6 +33,8 @@ VISION = {
     "patch_size": PATCH,
 }
 LLAVA = {"projector_hidden_act": "gelu", "vision_feature_layer": -2}
+GRIDS = [[SIDE, SIDE]]
+"""Of tiles of an image, in LLaVA-NeXT; with the whole image, no more tokens than a step takes."""
 PIXTRAL = {"model_type": "pixtral", "head_dim": 32, "hidden_act": "silu"}
 MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "Gemma3": (
@@ -40,6 +44,13 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"mm_tokens_per_image": IMAGE_TOKENS},
     ),
     "Llava": ("Llava", "Llama", {"model_type": "clip_vision_model"}, LLAVA),
+    "LlavaQwen2": ("Llava", "Qwen2", {"model_type": "clip_vision_model"}, LLAVA),
+    "LlavaNext": (
+        "LlavaNext",
+        "Mistral",
+        {"model_type": "clip_vision_model"},
+        LLAVA | {"image_grid_pinpoints": GRIDS},
+    ),
     "Mistral3": (
         "Mistral3",
         "Mistral",
@@ -52,14 +63,15 @@ the vision tower, and of the whole."""
 PROMPT = "Every model {image} answers the same question in its own words"
 IMAGES = 4
 """How many a test asks about, one after the other."""
-PLACEHOLDERS = {"Gemma3": "<start_of_image>", "Llava": "<image>", "Mistral3": "[IMG]"}
+PLACEHOLDERS = {"Gemma3": "<start_of_image>", "Mistral3": "[IMG]"} | dict.fromkeys(
+    ("Llava", "LlavaQwen2", "LlavaNext"), "<image>"
+)
 SPECIAL_TOKENS = {
     "Gemma3": {
         "image_token": "<image_soft_token>",
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
     },
-    "Llava": {"image_token": "<image>"},
     "Mistral3": {
         "image_token": "[IMG]",
         "image_break_token": "[IMG_BREAK]",
@@ -93,6 +105,8 @@ def make_tiny_multimodal(path: Path, name: str, seed: int = 0, **changes: Any) -
     for parameter_name, parameter in model.model.multi_modal_projector.named_parameters():
         if "norm" not in parameter_name:
             parameter.data.normal_(0, 0.3)
+    if name == "LlavaNext":
+        model.model.image_newline.data.normal_(0, 0.3)
     model.save_pretrained(path)
     return path
 
@@ -122,15 +136,22 @@ def tiny_inputs(path: Path, name: str, seed: int = 0) -> BatchFeature:
 def _save_processor(path: Path, name: str) -> int:
     """Returns: the placeholder of a token of an image."""
     sizes = {"height": SIDE, "width": SIDE}
-    tokens = SPECIAL_TOKENS[name]
+    tokens = SPECIAL_TOKENS.get(name, {"image_token": "<image>"})
     tokenizer = make_tiny_tokenizer(extra_special_tokens=tokens)
     if name == "Gemma3":
         tokenizer.add_tokens(["\n" * count for count in range(1, 5)])
         images = Gemma3ImageProcessorPil(size=sizes, image_seq_length=IMAGE_TOKENS)
         Gemma3Processor(images, tokenizer, image_seq_length=IMAGE_TOKENS).save_pretrained(path)
-    elif name == "Llava":
-        processor = LlavaProcessor(
-            CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=sizes),
+    elif "Llava" in name:
+        edges: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": sizes}
+        tiled = LlavaNextImageProcessorPil(image_grid_pinpoints=GRIDS, **edges)
+        images, processor_class = (
+            (tiled, LlavaNextProcessor)
+            if name == "LlavaNext"
+            else (CLIPImageProcessorPil(**edges), LlavaProcessor)
+        )
+        processor = processor_class(
+            images,
             tokenizer,
             patch_size=PATCH,
             vision_feature_select_strategy="default",

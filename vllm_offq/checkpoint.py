@@ -15,7 +15,7 @@ from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
 from vllm_offq.format import CONFIG_FILE, INDEX_FILE, CheckpointConfig, parse_config
 from vllm_offq.manifest import FLOATING, TensorSpec, check_values, expected_tensors
-from vllm_offq.wrappers import REST, find_wrapper, is_rest
+from vllm_offq.wrappers import REST, find_wrapper
 
 __all__ = ["Checkpoint", "CheckpointWriter", "validate_checkpoint"]
 
@@ -138,14 +138,15 @@ def validate_checkpoint(path: Path) -> None:
 
 def _rest(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     """What surrounds the language model: of any shape. Raises: UserError where there is none."""
-    if find_wrapper(checkpoint.model_config) is None:
+    wrapper = find_wrapper(checkpoint.model_config)
+    if wrapper is None:
         return {}
-    for path in REST:
-        if not any(name.startswith(f"{path}.") for name in checkpoint.names):
+    rest = list(filter(wrapper.surrounds, checkpoint.names))
+    for path in (*REST, *wrapper.needed):
+        if not any(name == path or name.startswith(f"{path}.") for name in rest):
             raise UserError(
                 f"{checkpoint.path}: tensors of {path} are missing; quantize or download it again"
             )
-    rest = filter(is_rest, checkpoint.names)
     return {name: TensorSpec(checkpoint.shape(name), FLOATING) for name in rest}
 
 

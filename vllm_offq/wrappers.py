@@ -1,7 +1,8 @@
 """Model classes around a language model: only that is quantized.
 
 They put the embeddings of images among those of tokens. So the linear that ends the projector
-writes to the residual stream, and carries whatever rotation that has.
+writes to the residual stream, as does what ends a row of an image in LLaVA-NeXT, and carries
+whatever rotation that has.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from vllm_offq.errors import UserError
 PREFIX = "language_model."
 """Of the language model's tensors in a checkpoint, behind which they have their own names."""
 REST = ("vision_tower", "multi_modal_projector")
-"""Paths of all else."""
+"""Paths of all else, but for single tensors of `Wrapper.into_stream`."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,16 @@ class Wrapper:
     languages: Mapping[str, str]
     """Classes of the language model, by the model_type in text_config."""
     into_stream: Mapping[str, int]
-    """Tensors of the projector's last linear, and which axis of each is the output."""
+    """Tensors that write to the residual stream, and which axis of each is its channels."""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Of into_stream, those that no model does without."""
+        return tuple(name for name in self.into_stream if not name.endswith(".bias"))
+
+    def surrounds(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is one of those around the language model."""
+        return name in self.into_stream or name.startswith(tuple(f"{path}." for path in REST))
 
     def language(self, model_type: object) -> str:
         """The language model's class. Raises: UserError listing what there can be."""
@@ -39,7 +49,7 @@ class Wrapper:
 
 _LINEAR_2 = {"multi_modal_projector.linear_2.weight": 0, "multi_modal_projector.linear_2.bias": 0}
 _MISTRAL = {"mistral": "MistralForCausalLM"}
-_LLAMA = {"llama": "LlamaForCausalLM"}
+_LLAVA = _MISTRAL | {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 WRAPPERS = {
     wrapper.name: wrapper
@@ -49,15 +59,16 @@ WRAPPERS = {
             {"gemma3_text": "Gemma3ForCausalLM"},
             {"multi_modal_projector.mm_input_projection_weight": 1},
         ),
-        Wrapper("LlavaForConditionalGeneration", _LLAMA | _MISTRAL, _LINEAR_2),
+        Wrapper("LlavaForConditionalGeneration", _LLAVA, _LINEAR_2),
+        Wrapper("LlavaNextForConditionalGeneration", _LLAVA, _LINEAR_2 | {"image_newline": 0}),
         Wrapper("Mistral3ForConditionalGeneration", _MISTRAL, _LINEAR_2),
     )
 }
 
 
 def is_rest(name: str) -> bool:
-    """Whether a tensor of a checkpoint is none of its language model's."""
-    return name.startswith(tuple(f"{path}." for path in REST))
+    """Whether a tensor of a checkpoint is around a language model, in one of the classes."""
+    return any(wrapper.surrounds(name) for wrapper in WRAPPERS.values())
 
 
 def class_name(model_config: Mapping[str, Any]) -> str | None:

@@ -27,7 +27,7 @@ from vllm_offq.errors import UserError
 
 TOKENS = torch.randint(0, 380, (4, 48), generator=torch.Generator().manual_seed(1))
 SETTINGS = Settings(samples=4, sequence_length=64, dtype="bfloat16", embedding_bits="8")
-TOWER, PROJECTOR = "vision_tower.", "multi_modal_projector."
+TOWER, PROJECTOR, NEWLINE = "vision_tower.", "multi_modal_projector.", "image_newline"
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -102,11 +102,14 @@ def test_all_but_the_language_model_is_copied(folder: Path, quantized: Path) -> 
         if f"{TOWER}encoder.layers.0.layer_norm1.weight" in source and key.startswith(TOWER)
         else key: tensor
         for key, tensor in source.items()
-        if key.startswith((TOWER, PROJECTOR))
+        if key.startswith((TOWER, PROJECTOR, NEWLINE))
     }
-    assert source.keys() == {key for key in checkpoint.names if key.startswith((TOWER, PROJECTOR))}
+    assert source.keys() == {
+        key for key in checkpoint.names if key.startswith((TOWER, PROJECTOR, NEWLINE))
+    }
     changed = {key for key in source if not checkpoint.load(key).equal(source[key])}
-    last = [key for key in source if "linear_2" in key or "input_projection" in key]
+    into_stream = "linear_2", "input_projection", NEWLINE
+    last = [key for key in source if any(part in key for part in into_stream)]
     assert changed == set(last)
     files = {path.name for path in folder.iterdir() if "processor" in path.name}
     assert files
@@ -160,9 +163,9 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 def test_a_language_model_of_another_class_is_refused(tmp_path: Path) -> None:
     folder = make_tiny_multimodal(tmp_path / "model", "Llava")
-    edit_config(folder, text_config={"model_type": "qwen2"})
+    edit_config(folder, text_config={"model_type": "phi"})
     with pytest.raises(
-        UserError, match=r"^Llava\w+ with a .* of type qwen2 is not supported; .*llama"
+        UserError, match=r"^Llava\w+ with a .* of type phi is not supported; .*llama"
     ):
         load_original(str(folder))
 
@@ -215,5 +218,21 @@ def test_a_checkpoint_with_something_else_around_is_refused(
         if tensor is not None:
             writer.add(added, tensor)
         writer.add_text("config.json", (quantized / "config.json").read_text())
+    with pytest.raises(UserError, match=sentence):
+        validate_checkpoint(tmp_path / "changed")
+
+
+def test_what_ends_a_row_of_an_image_is_of_llava_next(
+    name: str, quantized: Path, tmp_path: Path
+) -> None:
+    """It must be there, and in no other class."""
+    checkpoint = Checkpoint(quantized)
+    with CheckpointWriter(tmp_path / "changed") as writer:
+        for kept in set(checkpoint.names) - {NEWLINE}:
+            writer.add(kept, checkpoint.load(kept))
+        if name != "LlavaNext":
+            writer.add(NEWLINE, torch.ones(256))
+        writer.add_text("config.json", (quantized / "config.json").read_text())
+    sentence = "of image_newline are missing" if name == "LlavaNext" else "does not belong there"
     with pytest.raises(UserError, match=sentence):
         validate_checkpoint(tmp_path / "changed")

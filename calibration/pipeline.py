@@ -77,7 +77,7 @@ def quantize(
         out,
         overwrite=overwrite,
         resume=continues,
-        expected_bytes=expected_bytes(original, config, dtype),
+        expected_bytes=expected_bytes(original, config, dtype, settings),
         prefix=prefix,
     )
     with torch.no_grad(), writer:
@@ -207,7 +207,7 @@ class _Run:
                 self.writer,
                 self.dtype,
             )
-        if self.settings.rounding == "rtn" or self.settings.gptq_inputs == "original":
+        if self.settings.gptq_inputs == "original":
             return Streams(inputs, None)
         return Streams(inputs, BlockInputs(list(inputs.hidden), inputs.arguments))
 

@@ -155,16 +155,29 @@ def plan(
     )
 
 
-def expected_bytes(original: Original, config: CheckpointConfig, dtype: torch.dtype) -> int:
-    """Of the checkpoint's tensors. dtype: of what stays unquantized."""
+def expected_bytes(
+    original: Original, config: CheckpointConfig, dtype: torch.dtype, settings: Settings
+) -> int:
+    """Of the checkpoint's tensors and `kept_bytes`. dtype: of what stays unquantized."""
     model_config = original.model.config.to_dict() | {
         "architectures": [original.architecture.name],
         "tie_word_embeddings": original.architecture.layout.head_is_embedding,
     }
-    return original.rest_bytes + sum(
+    tensors = sum(
         math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize
         for spec in expected_tensors(model_config, config).values()
     )
+    return tensors + original.rest_bytes + kept_bytes(original, settings)
+
+
+def kept_bytes(original: Original, settings: Settings) -> int:
+    """What a run keeps on disk to be resumed: activations after a block while those before it stay.
+
+    Also those of the quantized model, where errors count on them.
+    """
+    tokens = settings.samples * settings.sequence_length
+    activations = tokens * original.model.config.hidden_size * torch.float32.itemsize
+    return 2 * activations * (1 if settings.gptq_inputs == "original" else 2)
 
 
 def refuse_small_memory(original: Original, settings: Settings, continues: bool) -> None:

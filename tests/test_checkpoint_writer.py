@@ -129,7 +129,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, failure: Exception) -> None
 
 
 def test_too_small_a_disk_is_noticed_early(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB, but only"):
+    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB on disk, but only"):
         CheckpointWriter(tmp_path / "model", expected_bytes=10**18)
 
 

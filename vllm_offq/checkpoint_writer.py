@@ -34,8 +34,8 @@ class CheckpointWriter:
     out: the final folder. overwrite: replace a model that stands there, at the very end.
     resume: start with what an earlier run left in the hidden folder, see `adopt`.
     max_shard_bytes: tensors are kept in memory until they fill a shard of this size.
-    expected_bytes: of the whole checkpoint, where known; what of it is not there yet is checked
-    against the free space at once.
+    expected_bytes: of the whole checkpoint and what is kept for a resumed run meanwhile, where
+    known; what of it is not there yet is checked against the free space at once.
     prefix: of the language model's tensors in the checkpoint; its callers name them without.
     Raises: UserError if `out` exists, cannot be written, is being written by another run, or the
     disk is too small or full.
@@ -53,8 +53,9 @@ class CheckpointWriter:
         self._output = OutputFolder(out, overwrite)
         if expected_bytes is not None:
             # What an earlier run has left is gone on with, or removed.
-            parts = self._output.work.glob(f"{PART}*")
-            there = sum(part.stat().st_size for part in parts)
+            work = self._output.work
+            kept = [*work.glob(f"{PART}*"), *work.glob(f"{RESUME}/*")]
+            there = sum(path.stat().st_size for path in kept)
             self._output.refuse_small_disk(expected_bytes - there)
         self.out = self._output.out
         self.folder = self._output.content

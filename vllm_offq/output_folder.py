@@ -58,7 +58,7 @@ class OutputFolder:
         free = shutil.disk_usage(self._parent).free
         if free < num_bytes:
             raise UserError(
-                f"the checkpoint needs {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB "
+                f"the run needs {num_bytes / 1e9:.2f} GB on disk, but only {free / 1e9:.2f} GB "
                 f"are free at {self._parent}; free some space or choose another output folder"
             )
 

@@ -11,12 +11,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 from tiny_models import make_tiny_llama
 
 from calibration import cli, pipeline
+from calibration.loader import load_original
 from calibration.pipeline import quantize
+from calibration.plan import kept_bytes
+from calibration.resume import SavedRun
 from calibration.settings import Settings
 from vllm_offq.checkpoint import CheckpointWriter, validate_checkpoint
 from vllm_offq.checkpoint_writer import RESUME
@@ -270,3 +275,27 @@ def test_a_terminated_command_says_how_to_go_on(
         signal.signal(signal.SIGTERM, before)
     assert "--resume goes on from here" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("gptq_inputs", ["original", "quantized"])
+def test_the_room_for_what_a_run_keeps_is_known_before_it(
+    gptq_inputs: Literal["original", "quantized"],
+    original: Path,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, settings, found = tmp_path / "out", replace(settings, gptq_inputs=gptq_inputs), []
+
+    def drop(run: SavedRun, name: str) -> None:
+        found.append(sum(path.stat().st_size for path in folder.glob("hidden-*")))
+        return dropped(run, name)
+
+    folder, dropped = partial_folder(out) / RESUME, SavedRun.drop
+    monkeypatch.setattr(SavedRun, "drop", drop)
+    quantize(str(original), out, settings)
+    assert max(found) == pytest.approx(kept_bytes(load_original(str(original)), settings), rel=0.01)
+    free = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(UserError, match="free some space"):
+        quantize(str(original), tmp_path / "other", settings)

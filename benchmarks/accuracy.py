@@ -12,6 +12,7 @@ benchmarks/peer.py: `python scripts/setup_peer.py` makes one.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from dataclasses import asdict, replace
@@ -49,6 +50,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Workload, Scor
     ids = original.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     cut = cut_windows(prompt_start(original.tokenizer), ids, arguments.window_length)
     windows = torch.tensor(cut[: arguments.windows])
+    refuse_small_disk(windows.numel() * original.model.config.vocab_size * 4, folder)
     losses: list[float] = []
     with torch.no_grad(), original.loaded(""):
         for number, window in enumerate(track(windows, "original", transient=True)):
@@ -65,6 +67,17 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Workload, Scor
         original.weights.fingerprint(),
     )
     return workload, Scores(losses, [0.0] * len(windows), [1.0] * len(windows))
+
+
+def refuse_small_disk(num_bytes: int, folder: Path) -> None:
+    """Raises: UserError if the original's predictions have no room."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"what the original predicts takes {num_bytes / 1e9:.1f} GB, but only "
+            f"{free / 1e9:.1f} GB are free at {folder.parent}; give fewer --windows, or set TMPDIR "
+            "to a folder with more room"
+        )
 
 
 def main() -> None:

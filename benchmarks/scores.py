@@ -36,9 +36,11 @@ def loss(found: Tensor, window: Tensor) -> float:
 
 
 def keep(found: Tensor, references: Path, number: int) -> None:
-    """Write the original's log-probabilities of a window to a folder, as raw float32."""
-    path = str(references / f"{number}.bin")
-    torch.from_file(path, shared=True, size=found.numel()).copy_(found.flatten())
+    """Write the original's log-probabilities of a window to a folder, as raw float32.
+
+    Raises: OSError if the disk is full.
+    """
+    (references / f"{number}.bin").write_bytes(found.contiguous().numpy().data)
 
 
 def kept(references: Path, number: int, length: int) -> Tensor:

@@ -1,6 +1,7 @@
 """`benchmarks.accuracy`: its scores and table, its cache, and the peer in another environment."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -151,6 +152,15 @@ def test_rows_are_measured_once(
     text.write_text(text.read_text(encoding="utf-8") + CORPUS, encoding="utf-8")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         run(monkeypatch, capsys, command)
+
+
+def test_too_small_a_disk_is_noticed_early(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit, match=r"only 0\.0 GB are free .*; give fewer --windows"):
+        accuracy.main()
 
 
 @pytest.mark.parametrize("option", ["{}", "{}:prose", "{}=2", "{}:prose=0.5"])

@@ -158,8 +158,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 def applicable(names: list[str], workload: Workload, console: Console) -> list[str]:
     """Of recipes, those that suit the model. Prints why another one does not."""
-    architecture = load_original(workload.model).architecture
-    refusals = {name: peer.refusal(name, architecture) for name in names if name in peer.TRANSFORMS}
+    peers = [name for name in names if name in peer.TRANSFORMS]
+    refusals = {name: peer.refusal(name, workload.kind[1]) for name in peers}
     for name, reason in refusals.items():
         if reason:
             console.print(f"no row of {name}: {reason}")

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from benchmarks.scores import Scores, score
-from calibration.architectures import find_architecture
+from calibration.architectures import Architecture, find_architecture
 from calibration.data import calibration_tokens
 from calibration.inspect_command import describe
 from calibration.instrument import OffQLinear, instrument, layers_of, set_grids
@@ -79,6 +80,12 @@ class Workload:
     fingerprint: str
     """Of the model's weights."""
 
+    @cached_property
+    def kind(self) -> tuple[PreTrainedConfig, Architecture]:
+        """The model's, read once: a GGUF file takes half a minute."""
+        original = load_original(self.model)
+        return original.model.config, original.architecture
+
 
 def settings_of(name: str, workload: Workload) -> Settings:
     """A recipe's settings for this model and calibration."""
@@ -97,8 +104,7 @@ def settings_of(name: str, workload: Workload) -> Settings:
 
 def group_sizes(workload: Workload, settings: Settings) -> tuple[int, int]:
     """Of weights and activations: the largest that suits every linear. Then of the KV cache."""
-    original = load_original(workload.model)
-    config = plan(original.model.config, original.architecture, settings)
+    config = plan(*workload.kind, settings)
     assert config.kv_cache is not None
     return min(site.group_size for site in config.sites.values()), config.kv_cache.group_size
 

@@ -15,7 +15,7 @@ from llmcompressor import oneshot  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from benchmarks.scores import score
 
@@ -37,11 +37,25 @@ def set_mode(model: Any, mode: str) -> None:
             attention.quantization_enabled = "KV4" in mode
 
 
+def load(folder: str, arguments: dict[str, Any], unpacked: Path) -> Any:
+    """The model in float32. unpacked: where a GGUF file's goes first.
+
+    For llm-compressor looks for configuration and tokenizer in the model's folder.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if "gguf_file" not in arguments:
+        return AutoModelForCausalLM.from_pretrained(folder, **options, **arguments)
+    options["quantization_config"] = GgufConfig(dequantize=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options, **arguments)
+    model.save_pretrained(unpacked)
+    AutoTokenizer.from_pretrained(folder, **arguments).save_pretrained(unpacked)
+    return AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32)
+
+
 def main(task: dict[str, Any]) -> None:
     """Quantize, and score each mode."""
     tokens = load_file(task["tokens"])
-    arguments = {"dtype": torch.float32} | task["arguments"]
-    model: Any = AutoModelForCausalLM.from_pretrained(task["folder"], **arguments)
+    model = load(task["folder"], task["arguments"], Path(task["out"]).with_name("model"))
     samples: Any = [
         {"input_ids": sample, "attention_mask": torch.ones_like(sample)}
         for sample in tokens["calibration"]

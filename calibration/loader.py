@@ -166,7 +166,9 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
             raise UserError(f"{source} is a mixture of experts in GGUF; give its original folder")
         if gguf:
             put_bos(tokenizer, Path(folder, arguments["gguf_file"]))
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, **arguments
+            )
             config = model.config
             weights = LoadedWeights(model.state_dict())
         else:

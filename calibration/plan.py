@@ -158,7 +158,11 @@ def plan(
 def expected_bytes(
     original: Original, config: CheckpointConfig, dtype: torch.dtype, settings: Settings
 ) -> int:
-    """Of the checkpoint's tensors and `kept_bytes`. dtype: of what stays unquantized."""
+    """On disk at most, dtype being that of what stays unquantized.
+
+    That is the checkpoint's tensors twice, as parts and as shards of several parts; before there
+    are shards, `kept_bytes` in the place of one.
+    """
     model_config = original.model.config.to_dict() | {
         "architectures": [original.architecture.name],
         "tie_word_embeddings": original.architecture.layout.head_is_embedding,
@@ -167,7 +171,9 @@ def expected_bytes(
         math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize
         for spec in expected_tensors(model_config, config).values()
     )
-    return tensors + original.rest_bytes + kept_bytes(original, settings)
+    checkpoint = tensors + original.rest_bytes
+    kept = kept_bytes(original, settings)
+    return checkpoint + max(checkpoint + kept // 2, kept)
 
 
 def kept_bytes(original: Original, settings: Settings) -> int:

@@ -82,7 +82,7 @@ class Workload:
 
     @cached_property
     def kind(self) -> tuple[PreTrainedConfig, Architecture]:
-        """The model's, read once: a GGUF file takes half a minute."""
+        """The model's, read once: a GGUF file takes long."""
         original = load_original(self.model)
         return original.model.config, original.architecture
 

@@ -34,8 +34,8 @@ class CheckpointWriter:
     out: the final folder. overwrite: replace a model that stands there, at the very end.
     resume: start with what an earlier run left in the hidden folder, see `adopt`.
     max_shard_bytes: tensors are kept in memory until they fill a shard of this size.
-    expected_bytes: of the whole checkpoint and what is kept for a resumed run meanwhile, where
-    known; what of it is not there yet is checked against the free space at once.
+    expected_bytes: of all that will be on disk at once, where known; what of it is not there yet
+    is checked against the free space at once.
     prefix: of the language model's tensors in the checkpoint; its callers name them without.
     Raises: UserError if `out` exists, cannot be written, is being written by another run, or the
     disk is too small or full.

@@ -27,7 +27,15 @@ from rich.progress import track
 
 from benchmarks import peer
 from benchmarks.accuracy_cache import Cache, Measure, Row
-from benchmarks.accuracy_recipes import MODES, PARTS, RECIPES, Workload, measure, settings_of
+from benchmarks.accuracy_recipes import (
+    MODES,
+    PARTS,
+    RECIPES,
+    Workload,
+    measure,
+    refusal,
+    settings_of,
+)
 from benchmarks.accuracy_table import table
 from benchmarks.machine import describe_machine
 from benchmarks.scores import Scores, keep, logprobs, loss
@@ -158,12 +166,14 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 def applicable(names: list[str], workload: Workload, console: Console) -> list[str]:
     """Of recipes, those that suit the model. Prints why another one does not."""
-    peers = [name for name in names if name in peer.TRANSFORMS]
-    refusals = {name: peer.refusal(name, workload.kind[1]) for name in peers}
-    for name, reason in refusals.items():
-        if reason:
+    suitable = []
+    for name in names:
+        refuses = peer.refusal if name in peer.TRANSFORMS else refusal
+        if reason := refuses(name, workload.kind[1]):
             console.print(f"no row of {name}: {reason}")
-    return [name for name in names if not refusals.get(name)]
+        else:
+            suitable.append(name)
+    return suitable
 
 
 def recipe(

@@ -87,6 +87,13 @@ class Workload:
         return original.model.config, original.architecture
 
 
+def refusal(name: str, architecture: Architecture) -> str | None:
+    """Why a recipe cannot be applied to a family of models, if it cannot."""
+    if name.startswith("+ basis") and not architecture.rotates_stream:
+        return f"the residual stream of {architecture.name} cannot be rotated to a basis"
+    return None
+
+
 def settings_of(name: str, workload: Workload) -> Settings:
     """A recipe's settings for this model and calibration."""
     settings = replace(
@@ -95,6 +102,8 @@ def settings_of(name: str, workload: Workload) -> Settings:
         samples=workload.samples,
         sequence_length=workload.sequence_length,
     )
+    if not workload.kind[1].rotates_stream:  # then there is no basis to be given
+        settings = replace(settings, basis="auto")
     if "groups" not in name:
         return settings
     size = group_sizes(workload, settings)[0]

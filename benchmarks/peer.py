@@ -76,7 +76,7 @@ def settings_of(name: str, version: str, workload: Workload) -> dict[str, Any]:
 def refusal(name: str, architecture: Architecture) -> str | None:
     """Why a transform cannot be applied to a family of models, if it cannot."""
     rotations = TRANSFORMS[name].get("SpinQuantModifier", {}).get("rotations", ())
-    if "R1" in rotations and architecture.output_norms:
+    if "R1" in rotations and not architecture.rotates_stream:
         # llm-compressor takes all norms for Llama's, and fails on Gemma with a traceback.
         return f"R1 cannot pass the norms of {architecture.name} after attention and MLP"
     return None

@@ -1,5 +1,6 @@
 """Which basis the residual stream is rotated to: candidates, tried on calibration tokens."""
 
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from calibration.instrument import BlockInputs, block_inputs, to_device
 from calibration.loader import Original
 from calibration.report import BasisCandidate
+from calibration.resume import NOT_SAVED, SavedPass
 from calibration.statistics import Statistics, invertible
 from vllm_offq.format import SiteConfig
 from vllm_offq.quantizer import fake_quantize
@@ -78,6 +80,16 @@ class _Trial:
     """Of each layer input: squared error over energy."""
     divergence: float = 0.0
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """For a file."""
+        errors = torch.tensor(self.errors, dtype=torch.float64)
+        return self.stream.tensors(name) | {f"{name}.errors": errors}
+
+    def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Inverse of tensors."""
+        self.stream.restore(name, tensors)
+        self.errors = tensors[f"{name}.errors"].tolist()
+
     def advance(self, original: Original, index: int, layer: nn.Module, grid: SiteConfig) -> None:
         """Take the tokens through a block whose residual inputs are on the grid."""
         hooks, requantizers = [], []
@@ -102,12 +114,13 @@ def try_candidates(
     grid: SiteConfig,
     candidates: dict[str, Tensor],
     tokens: Tensor,
-    advance: Callable[[], None],
+    advance: Callable[..., None],
+    kept: SavedPass = NOT_SAVED,
 ) -> list[BasisCandidate]:
     """Quantize only what reads the residual stream, and see how far the predictions move.
 
     The model is the instrumented original: its inputs are rotated, quantized and rotated back.
-    tokens: [S, T]. `advance` is called after each block.
+    tokens: [S, T]. `advance` is called after each block. kept: what to go on from.
     Returns: all candidates; the one of least KL divergence is the chosen one.
     """
     model, architecture = original.model, original.architecture
@@ -121,12 +134,24 @@ def try_candidates(
         )
         for name, rotation in candidates.items()
     }
-    for index in range(original.num_layers):
+    done, found = kept.load()
+    if done:
+        reference.restore("reference", found)
+        for name, trial in trials.items():
+            trial.restore(name, found)
+        advance(done)
+
+    def so_far() -> dict[str, Tensor]:
+        parts = [trial.tensors(name) for name, trial in trials.items()]
+        return dict(ChainMap(reference.tensors("reference"), *parts))
+
+    for index in range(done, original.num_layers):
         with original.block(index) as layer:
             for trial in trials.values():
                 trial.advance(original, index, layer, grid)
             reference.advance(index, layer)
         advance()
+        kept.done(index + 1, so_far)
     with original.loaded(architecture.final_norm, architecture.head) as (norm, head):
         for number, hidden in enumerate(reference.hidden):
             expected = head(norm(to_device(hidden, norm))).log_softmax(-1)

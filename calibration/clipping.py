@@ -10,6 +10,7 @@ from calibration.basis import TRIAL_LENGTH, TRIAL_SEQUENCES
 from calibration.fuse import fuse_block, fuse_embedding
 from calibration.instrument import OffQLinear, block_inputs
 from calibration.loader import Original
+from calibration.resume import NOT_SAVED, SavedPass
 from calibration.rotations import Rotations
 from vllm_offq.format import CheckpointConfig, SiteConfig
 from vllm_offq.quantizer import fake_quantize
@@ -23,13 +24,14 @@ def choose_clip_ratios(
     rotations: Rotations,
     config: CheckpointConfig,
     tokens: Tensor,
-    advance: Callable[[], None],
+    advance: Callable[..., None],
+    kept: SavedPass = NOT_SAVED,
 ) -> dict[str, float]:
     """The ratio of each site whose error of the linears' outputs is least.
 
     Errors are relative to a linear's output, and summed over the blocks. The model is the
     instrumented original; its rotations stay set. tokens: [S, T]. `advance` is called after each
-    block.
+    block. kept: what to go on from.
     """
     model, architecture = original.model, original.architecture
     errors: dict[str, Tensor] = {
@@ -38,7 +40,12 @@ def choose_clip_ratios(
     with original.loaded(architecture.embedding, architecture.final_norm) as (embedding, _):
         fuse_embedding(embedding, rotations)
         stream = block_inputs(model, architecture, tokens[:TRIAL_SEQUENCES, :TRIAL_LENGTH], 1)
-    for index in range(original.num_layers):
+    done, found = kept.load()
+    if done:
+        stream.restore("hidden", found)
+        errors = {name: found[name] for name in errors}
+        advance(done)
+    for index in range(done, original.num_layers):
         with original.block(index) as layer:
             fuse_block(layer, index, model.config, architecture, rotations)
             observed: list[OffQLinear] = []
@@ -52,6 +59,7 @@ def choose_clip_ratios(
             for linear in observed:
                 linear.observe = None
         advance()
+        kept.done(index + 1, lambda: errors | stream.tensors("hidden"))
     return {name: CLIP_RATIOS[int(found.argmin())] for name, found in errors.items()}
 
 

@@ -60,25 +60,29 @@ def _pack(
     start = prompt_start(tokenizer)
     eos = tokenizer.eos_token_id
     body = sequence_length - len(start)
-    tokens: list[int] = []
+    parts: list[Tensor] = []
+    num_tokens = 0
     # As many documents as samples at least, or one long document would be all that is seen.
     documents = (each for each in read_documents(source, tokenizer, seed) if each.text.strip())
     for number, document in enumerate(documents, 1):
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens += ids[len(start) :] if ids[: len(start)] == start else ids  # templates write BOS
-        if eos is not None and not document.is_chat:
-            tokens.append(eos)
-        if number >= samples and len(tokens) >= samples * body:
+        ids = ids[len(start) :] if ids[: len(start)] == start else ids  # templates write BOS
+        if eos is not None and document.takes_eos:
+            ids = [*ids, eos]
+        parts.append(torch.tensor(ids, dtype=torch.int64))
+        num_tokens += len(ids)
+        if number >= samples and num_tokens >= samples * body:
             break
-    if not tokens:
+    if not num_tokens:
         raise UserError(f"calibration source {source} is empty; give one with text in it")
-    available = len(tokens) // body
+    available = num_tokens // body
     if available < samples:
         raise UserError(
-            f"calibration source {source} has {len(tokens)} tokens, {samples} samples of "
+            f"calibration source {source} has {num_tokens} tokens, {samples} samples of "
             f"{sequence_length} need {samples * body}; give more text or lower --samples or "
             "--sequence-length"
         )
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
-    chunks = torch.tensor(tokens[: available * body]).view(available, body)[chosen.sort().values]
+    tokens = torch.cat(parts)[: available * body]
+    chunks = tokens.view(available, body)[chosen.sort().values]
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), chunks], 1)

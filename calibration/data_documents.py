@@ -1,5 +1,6 @@
 """Documents of a calibration source in an order of the seed: local files, datasets."""
 
+import codecs
 import glob
 import json
 import random
@@ -16,9 +17,16 @@ from vllm_offq.errors import UserError, reason
 
 LIBRARY_FORMATS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Files that the datasets library reads; .jsonl is read here, for line numbers in errors."""
-FILE_SUFFIXES = {".txt", ".md", ".jsonl", *LIBRARY_FORMATS}
+JSON_LINES = (".jsonl", ".ndjson")
+FILE_SUFFIXES = {".txt", ".md", *JSON_LINES, *LIBRARY_FORMATS}
 """A source that ends so is a file that is missing, not the name of a dataset."""
 DEFAULT_COLUMNS = ("text", "messages")
+WHOLE_TEXT_BYTES = 4 * 2**20
+"""Of a file of plain text that is one document; tokenizing takes a hundred times its size."""
+PIECE_BYTES = 2**16
+"""Of a larger one, which is read in pieces."""
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+"""Of UTF-8, all but the first of a character."""
 SHUFFLE_BUFFER = 10_000
 """Documents that a stream is shuffled among, and that are read before the first comes."""
 TEMPLATE_DATE = datetime(2024, 7, 26)
@@ -29,7 +37,8 @@ class Document(NamedTuple):
     """A text, or chat messages as the chat template writes them."""
 
     text: str
-    is_chat: bool = False
+    takes_eos: bool = True
+    """Whether it ends here, and does not say so itself as a chat does."""
 
 
 def read_documents(
@@ -38,7 +47,8 @@ def read_documents(
     """Documents, no more read than are taken (but SHUFFLE_BUFFER ahead of a stream).
 
     source: a key of BUILT_IN, FILE[:COLUMN] or NAME[:CONFIG[:SPLIT[:COLUMN]]]. A file that is
-    neither .jsonl, .json, .parquet nor .csv is one document of plain text.
+    neither .jsonl, .ndjson, .json, .parquet nor .csv is plain text: one document, or the pieces
+    of a large one.
     Raises: UserError, at the document at fault, for what cannot be read.
     """
     source = BUILT_IN.get(source, source)
@@ -47,14 +57,14 @@ def read_documents(
         records, column = _dataset(source, seed), (*source.split(":"), "", "", "")[3]
     else:
         path, column = file
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() in JSON_LINES:
             records = _json_lines(path, seed)
-        elif path.suffix in LIBRARY_FORMATS:
+        elif path.suffix.lower() in LIBRARY_FORMATS:
             records = _library_file(path, seed)
         elif column:
             raise UserError(f"calibration file {path} is plain text and has no column {column}")
         else:
-            yield Document(_plain_text(path))
+            yield from _plain_text(path, seed)
             return
     for where, record in records:
         yield _document(record, column, tokenizer, where)
@@ -71,15 +81,29 @@ def file_and_column(source: str) -> tuple[Path, str] | None:
         if name and path.exists() and not path.is_dir():
             return path, column
     path = Path(source.partition(":")[0])
-    is_path = path.suffix in FILE_SUFFIXES or source.startswith((".", "/"))
+    is_path = path.suffix.lower() in FILE_SUFFIXES or source.startswith((".", "/"))
     if is_path and not path.is_dir():
         raise UserError(f"calibration file {source} does not exist; give FILE or FILE:COLUMN")
     return None
 
 
-def _plain_text(path: Path) -> str:
+def _plain_text(path: Path, seed: int) -> Iterator[Document]:
+    """The whole as one document, or pieces of it in an order of the seed."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        if (size := path.stat().st_size) <= WHOLE_TEXT_BYTES:
+            yield Document(path.read_text(encoding="utf-8-sig"))
+            return
+        starts = list(range(0, size, PIECE_BYTES))
+        random.Random(seed).shuffle(starts)
+        with path.open("rb") as file:
+            for start in starts:
+                file.seek(start)
+                piece = file.read(PIECE_BYTES)
+                if start:  # what is left of a character that began before
+                    piece = piece.lstrip(CONTINUATION_BYTES)
+                # Unlike bytes.decode, a decoder leaves out a character that goes on behind.
+                text = codecs.getincrementaldecoder("utf-8-sig")().decode(piece)
+                yield Document(text, takes_eos=False)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"calibration file {path} cannot be read as UTF-8: {error}") from None
 
@@ -108,7 +132,7 @@ def _json_lines(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
 
 
 def _library_file(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
-    where, format_name = f"calibration file {path}", LIBRARY_FORMATS[path.suffix]
+    where, format_name = f"calibration file {path}", LIBRARY_FORMATS[path.suffix.lower()]
     try:
         for row in _stream(seed, format_name, data_files=glob.escape(str(path)), split="train"):
             yield where, row
@@ -155,8 +179,10 @@ def _document(record: Any, column: str, tokenizer: PreTrainedTokenizerBase, wher
     value = record[name]
     if value is None or isinstance(value, str):
         return Document(value or "")
+    if value == []:  # a conversation that templates may refuse, as they expect a first message
+        return Document("")
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        return Document(_chat(value, tokenizer, where), is_chat=True)
+        return Document(_chat(value, tokenizer, where), takes_eos=False)
     raise UserError(f'{where}: column "{name}" is neither a text nor a list of chat messages')
 
 

@@ -158,6 +158,14 @@ class BlockInputs:
     arguments: list[dict[str, Any]]
     """Of each block: all else that it is called with (masks, positions, rotary tables)."""
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All batches by number, for a file."""
+        return {f"{name}.{number}": batch for number, batch in enumerate(self.hidden)}
+
+    def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Inverse of tensors: those of as many batches."""
+        self.hidden = [tensors[f"{name}.{number}"] for number in range(len(self.hidden))]
+
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace every batch by what block `index` makes of it."""
         for number, batch in enumerate(self.hidden):

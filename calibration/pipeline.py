@@ -1,6 +1,6 @@
 """`quantize`: a Hugging Face model in, an OffQ checkpoint out."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +19,16 @@ from calibration.loader import Original, load_original, refuse_overlap
 from calibration.model_card import model_card
 from calibration.plan import expected_bytes, plan, refuse_small_memory, stored_dtype
 from calibration.progress import Progress, no_progress
-from calibration.quantize_block import SHOWN_SITE, Streams, quantize_block
+from calibration.quantize_block import Streams, quantize_block
 from calibration.record import Record
 from calibration.refine import refine
 from calibration.report import Report, write_report
-from calibration.report.collect import ActivationHistograms
 from calibration.resume import SavedRun, unfinished
 from calibration.rotations import Rotations
 from calibration.settings import Settings
+from calibration.shown import ShownActivations
 from calibration.source import GENERATION_FILE
-from calibration.survey import survey
+from calibration.survey import PASSES, survey
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
 from vllm_offq.format import CheckpointConfig
@@ -82,7 +82,7 @@ def quantize(
     )
     with torch.no_grad(), writer:
         saved = SavedRun(writer, fingerprint(original, settings), continues)
-        record = Record(**saved.state.record)
+        record = saved.record
         run = _Run(original, settings, config, dtype, writer, saved, record, record.timed(progress))
         try:
             run.quantize()
@@ -125,7 +125,6 @@ class _Run:
                 advance()
                 saved.save(_hidden(index + 1), streams.tensors())
                 saved.state.layers = index + 1
-                saved.state.record = asdict(self.record)
                 saved.commit()
                 saved.drop(_hidden(index))
         with self.progress("writing the rest", 1):
@@ -168,23 +167,28 @@ class _Run:
                 advance,
             )
         self.saved.save("tokens", {"tokens": tokens})
+        self.saved.commit()
         return tokens
 
     def rotations(self, tokens: Tensor, batch_size: int) -> Rotations:
         """Of the whole model, from one pass over it."""
-        kept = self.saved.load("rotations")
-        if kept is not None:
+        original, saved = self.original, self.saved
+        if saved.state.surveyed and (kept := saved.load("rotations")) is not None:
             return Rotations.from_tensors(kept)
-        found = survey(self.original, tokens, batch_size, self.config, self.settings, self.progress)
+        found = survey(
+            original, tokens, batch_size, self.config, self.settings, self.progress, saved
+        )
         rotations, candidates = found.rotations, found.basis_candidates
         self.record.clip_ratios = found.clip_ratios
         if found.spectrum is not None:
             self.record.spectrum = found.spectrum.model_dump()
         if candidates is not None:
             self.record.basis_candidates = [candidate.model_dump() for candidate in candidates]
-        self.saved.save("rotations", rotations.tensors())
-        self.saved.state.record = asdict(self.record)
-        self.saved.commit()
+        saved.save("rotations", rotations.tensors())
+        saved.state.surveyed = True
+        saved.commit()
+        for name in PASSES:
+            saved.drop(name)
         return rotations
 
     def streams(self, rotations: Rotations, tokens: Tensor, batch_size: int) -> Streams:
@@ -214,14 +218,10 @@ class _Run:
     def quantize_layer(self, index: int, rotations: Rotations, streams: Streams) -> None:
         """One block, from the original's weights to codes in the writer."""
         original, architecture = self.original, self.original.architecture
-        histograms = self.histograms(index)
-
-        def show(x: Tensor) -> None:
-            if histograms is not None:
-                histograms.add_original(rotations.undo_residual(x))
-                histograms.add_rotated(x)
-
+        shown = None
         with original.block(index) as layer:
+            if index == original.num_layers // 2:
+                shown = ShownActivations(layer, index, architecture, self.config, rotations)
             fuse_block(layer, index, original.model.config, architecture, rotations)
             quantize_block(
                 layer,
@@ -233,23 +233,10 @@ class _Run:
                 self.writer,
                 self.dtype,
                 self.record,
-                show,
+                None if shown is None else shown.add,
             )
-        if histograms is not None and (result := histograms.result()) is not None:
-            self.record.histograms = result.model_dump()
-
-    def histograms(self, index: int) -> ActivationHistograms | None:
-        """Of the block in the middle, where the report shows what happens to activations."""
-        if index != self.original.num_layers // 2:
-            return None
-        grid = self.config.sites[SHOWN_SITE]
-        return ActivationHistograms(
-            f"{self.original.architecture.layers}.{index}",
-            SHOWN_SITE,
-            grid.group_size,
-            grid.clip_ratio,
-            grid.symmetric,
-        )
+        if shown is not None:
+            self.record.histograms = shown.result()
 
     def write_rest(self, rotations: Rotations, streams: Streams) -> None:
         """Final norm, head, what is around the language model, configuration and other files."""

@@ -51,6 +51,11 @@ def plan(
             f"--gptq-inputs {settings.gptq_inputs} is not supported for mixtures of experts, whose "
             "inputs would be calculated once for every expert; leave it out"
         )
+    if settings.basis != "auto" and not architecture.rotates_stream:
+        raise UserError(
+            f"--basis {settings.basis} does nothing for {architecture.name}, whose norms after "
+            "attention and MLP let no rotation pass; leave it out"
+        )
     longest = model_config.max_position_embeddings
     if settings.sequence_length > longest:
         raise UserError(
@@ -94,7 +99,9 @@ def plan(
                 "scale; change --weight-group-size or --group-size"
             )
         # Elsewhere the rotation is fused as a whole.
-        online = site.name == "mlp_output" or (site.reads_residual and architecture.output_norms)
+        online = site.name == "mlp_output" or (
+            site.reads_residual and not architecture.rotates_stream
+        )
         rotation = recipe.rotation
         if online and rotation == "hadamard":
             hadamard_core(site_group)  # refuses an order that has none before the long work

@@ -17,6 +17,7 @@ from calibration.instrument import BlockInputs, OffQLinear, attention_state, set
 from calibration.moments import SiteMoments
 from calibration.record import Record
 from calibration.settings import Settings
+from calibration.shown import SHOWN_SITE
 from vllm_offq.checkpoint_writer import CheckpointWriter
 from vllm_offq.errors import UserError
 from vllm_offq.format import (
@@ -27,9 +28,6 @@ from vllm_offq.format import (
     pack_int4,
 )
 from vllm_offq.quantizer import dequantize
-
-SHOWN_SITE: SiteName = "attention_input"
-"""Whose activations the report has histograms of."""
 
 
 @dataclass
@@ -42,12 +40,8 @@ class Streams:
 
     def tensors(self) -> dict[str, Tensor]:
         """For a file; the inverse of from_tensors."""
-        return {
-            f"{name}.{number}": batch
-            for name, stream in vars(self).items()
-            if stream is not None
-            for number, batch in enumerate(stream.hidden)
-        }
+        quantized = {} if self.quantized is None else self.quantized.tensors("quantized")
+        return self.original.tensors("original") | quantized
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], arguments: list[dict[str, Any]]) -> "Streams":

@@ -22,6 +22,8 @@ def run(
     console = Console()
     progress = rich_progress(console)
     map_large_tensors()
+    if resume and not unfinished(out):
+        console.print("There is no unfinished run to go on with; this one begins anew.")
     try:
         report = quantize(
             model,

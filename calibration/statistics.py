@@ -12,6 +12,7 @@ from calibration.architectures.base import head_size
 from calibration.experts import experts_of
 from calibration.instrument import attention_state, block_inputs
 from calibration.loader import Original
+from calibration.resume import NOT_SAVED, SavedPass
 from vllm_offq.errors import UserError
 
 ROWS_AT_ONCE = 4096
@@ -50,6 +51,10 @@ class Statistics:
     """[L, intermediate], or [L, E, intermediate] with experts, float64: sum of squares of each
     channel at down_proj's input."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is there, for a file."""
+        return {name: part for name, part in vars(self).items() if part is not None}
+
     def to_cpu(self) -> "Statistics":
         """All of it: what follows is small, and in double precision."""
         found = copy(self)
@@ -60,11 +65,15 @@ class Statistics:
 
 @torch.no_grad()
 def collect(
-    original: Original, tokens: Tensor, batch_size: int, advance: Callable[[], None]
+    original: Original,
+    tokens: Tensor,
+    batch_size: int,
+    advance: Callable[..., None],
+    kept: SavedPass = NOT_SAVED,
 ) -> Statistics:
     """Run the instrumented original over tokens [S, T], block by block.
 
-    `advance` is called after each.
+    `advance` is called after each. kept: what to go on from.
     Raises: UserError naming the layer where an activation is not finite.
     """
     model, architecture, config = original.model, original.architecture, original.model.config
@@ -88,7 +97,19 @@ def collect(
     top_tokens: list[Tensor] = []
     with original.loaded(architecture.embedding, architecture.final_norm):
         inputs = block_inputs(model, architecture, tokens, batch_size)
-    for index in range(num_layers):
+    done, found = kept.load()
+    if done:
+        inputs.restore("hidden", found)
+        for name in statistics.tensors():
+            setattr(statistics, name, found[name].to(original.device))
+        top_tokens.append(found["top_tokens"])
+        advance(done)
+
+    def so_far() -> dict[str, Tensor]:
+        found = statistics.tensors() | inputs.tensors("hidden")
+        return found | {"top_tokens": torch.cat(top_tokens)}
+
+    for index in range(done, num_layers):
 
         def observe_down(place: tuple[int, ...], _: nn.Module, inputs: tuple[Tensor]) -> None:
             statistics.down_energy[place] += inputs[0].double().square().flatten(0, -2).sum(0)
@@ -151,6 +172,7 @@ def collect(
                 "check the model's weights"
             )
         advance()
+        kept.done(index + 1, so_far)
     statistics.top_tokens = torch.cat(top_tokens)
     if architecture.keeps_final_gains:
         with original.loaded(architecture.final_norm, architecture.head) as (norm, head):

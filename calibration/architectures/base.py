@@ -134,14 +134,19 @@ class Architecture:
         )
 
     @property
+    def rotates_stream(self) -> bool:
+        """Whether a rotation of the residual stream can be fused, so that it has a basis."""
+        return not self.output_norms
+
+    @property
     def keeps_gains(self) -> bool:
         """Whether norms before linears may keep gains: no rotation has to pass them."""
-        return bool(self.output_norms) and self.attention_norm is not None
+        return not self.rotates_stream and self.attention_norm is not None
 
     @property
     def keeps_final_gains(self) -> bool:
         """Likewise the norm before the head."""
-        return bool(self.output_norms) and not self.layout.head_is_embedding
+        return not self.rotates_stream and not self.layout.head_is_embedding
 
     @property
     def reading(self) -> tuple[Site, ...]:

@@ -10,6 +10,8 @@ from calibration.report.schema import Report
 from calibration.report.words import duration, percent, site_words, size
 
 CHANGED_NAMED = 10
+ABSENT = "-"
+"""In the place of what one of the reports does not have."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,20 @@ def _settings(before: Report, after: Report) -> dict[str, tuple[JsonValue, JsonV
         {key: getattr(report, key) for key in ("model", "architecture", "produced_by")}
         | report.settings
         | {f"clip_ratio, {site}": ratio for site, ratio in (report.clip_ratios or {}).items()}
-        | {"basis chosen": _chosen(report)}
+        | {"basis used": _basis(report)}
         for report in (before, after)
     )
     keys = [*first, *(key for key in second if key not in first)]
-    values = {key: (first.get(key), second.get(key)) for key in keys}
+    values = {key: (first.get(key, ABSENT), second.get(key, ABSENT)) for key in keys}
     return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
 
 
-def _chosen(report: Report) -> str | None:
-    return next((c.name for c in report.basis_candidates or [] if c.chosen), None)
+def _basis(report: Report) -> JsonValue:
+    """Of the residual stream, if it has one: the one that was chosen, else what was given."""
+    if report.spectrum is None:
+        return ABSENT
+    chosen = (candidate.name for candidate in report.basis_candidates or [] if candidate.chosen)
+    return next(chosen, report.settings.get("basis", ABSENT))
 
 
 def _quantities(before: Report, after: Report) -> list[Quantity]:

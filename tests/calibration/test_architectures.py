@@ -75,6 +75,8 @@ def test_output_norms_take_the_rotation_online() -> None:
     assert offq["attention_input"].fused_rotation == "permutation"
     quarot = plan(config_of("Gemma3"), architecture, Settings(recipe="quarot")).sites
     assert [site.online_hadamard for site in quarot.values()] == [512, None, 512, 1024]
+    with pytest.raises(UserError, match=r"--basis sink does nothing for Gemma3ForCausalLM, .*out"):
+        plan(config_of("Gemma3"), architecture, Settings(basis="sink"))
 
 
 def changed(name: str, value: Any) -> Callable[[PreTrainedConfig], None]:

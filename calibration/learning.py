@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from calibration.architectures import Architecture
 from calibration.instrument import OffQLinear, layers_of
+from calibration.memory import give_back
+from calibration.straight_through import CodedProduct
 from vllm_offq.format import WEIGHT_PACKED, WEIGHT_SCALE, unpack_int4
-from vllm_offq.quantizer import dequantize
 
 PIECE = 128
 """Tokens whose logits are held at once: the vocabulary is wide."""
@@ -45,14 +46,18 @@ class _Weight:
 
     def apply(self, scale: Tensor) -> None:
         """Let the linear compute with these scales."""
-        self.linear.rounded = dequantize(self.codes, scale)
+
+        def product(x: Tensor) -> Tensor:
+            return CodedProduct.apply(x, self.codes, scale)
+
+        self.linear.rounded = product
 
 
 class Learning:
     """One run of `steps` steps, whose state may be kept and restored between them.
 
-    model: of `simulated_model`; original: instrumented, with its own weights and no grids;
-    tensors: of the checkpoint by name.
+    model: of `simulated_model`, whose quantized weights are codes from now on; original:
+    instrumented, with its own weights and no grids; tensors: of the checkpoint by name.
     """
 
     def __init__(
@@ -67,6 +72,14 @@ class Learning:
         self._steps = steps
         self._stored = tensors
         self._weights = _weights(model, architecture, tensors)
+        for weight in self._weights.values():
+            weight.apply(weight.start)
+            weight.linear.weight = nn.Parameter(weight.start.new_empty(0), requires_grad=False)
+        give_back()
+        # A block's activations are many times its input, so they are computed again when needed.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers_of(model, architecture):
+            layer.training = True  # or it would not; its parts stay as they are, without dropout
         self._gains = _gains(model, architecture)
         growths = [weight.growth for weight in self._weights.values()]
         gains = [gain.requires_grad_() for gain in self._gains.values()]

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from calibration.architectures import Architecture, find_architecture
 from calibration.devices import CPU, device_of, dispatch, places
 from calibration.experts import separate_experts
-from calibration.memory import give_back
+from calibration.memory import give_back, refuse_small_memory
 from calibration.multimodal import Surroundings, plain_name, surroundings
 from calibration.source import class_names, generation_config, locate, read_config
 from calibration.weights import LoadedWeights, ShardedWeights, Weights, checked
@@ -165,6 +165,11 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
         if gguf and architecture.num_experts:
             raise UserError(f"{source} is a mixture of experts in GGUF; give its original folder")
         if gguf:
+            refuse_small_memory(
+                gguf_bytes(Path(folder, arguments["gguf_file"])),
+                f"{source}, as GGUF files are read as a whole,",
+                "give the original folder, which is read block by block",
+            )
             put_bos(tokenizer, Path(folder, arguments["gguf_file"]))
             model = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, **arguments
@@ -253,6 +258,11 @@ def _refuse_unnamed(
             "where the model does without (layers of multi-token prediction) quantize a copy that "
             "has them removed"
         )
+
+
+def gguf_bytes(gguf: Path) -> int:
+    """The least that reading it takes: its tensors in float32."""
+    return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
 
 
 def put_bos(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:

@@ -1,7 +1,11 @@
-"""Memory that is given back as soon as it is free."""
+"""The process's memory: whether there is enough, and how it is given back."""
 
 import ctypes
 from typing import Any
+
+import psutil
+
+from vllm_offq.errors import UserError
 
 M_MMAP_THRESHOLD = -3
 """Of mallopt, in malloc.h."""
@@ -21,6 +25,16 @@ def map_large_tensors() -> None:
 def give_back() -> None:
     """Return the pages between what is left of smaller tensors to the system. Milliseconds."""
     _call("malloc_trim", 0)
+
+
+def refuse_small_memory(needed: int, what: str, advice: str) -> None:
+    """Raises: UserError if less than this many bytes are free, for `what`."""
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise UserError(
+            f"{what} takes at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB "
+            f"are free; {advice}"
+        )
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -17,13 +17,14 @@ from calibration.fuse import fuse_block, fuse_embedding, fuse_head, fuse_rows
 from calibration.instrument import BlockInputs, block_inputs, instrument
 from calibration.loader import Original, load_original, refuse_overlap
 from calibration.model_card import model_card
-from calibration.plan import expected_bytes, plan, refuse_small_memory, stored_dtype
+from calibration.plan import plan, stored_dtype
 from calibration.progress import Progress, no_progress
 from calibration.quantize_block import Streams, quantize_block
 from calibration.record import Record
 from calibration.refine import refine
 from calibration.report import Report, write_report
 from calibration.resume import SavedRun, unfinished
+from calibration.room import expected_bytes, refuse_small_machine
 from calibration.rotations import Rotations
 from calibration.settings import Settings
 from calibration.shown import ShownActivations
@@ -72,7 +73,7 @@ def quantize(
     dtype = stored_dtype(settings, original)
     original_bytes = original.num_bytes
     continues = bool(resume) and unfinished(out)
-    refuse_small_memory(original, settings, continues)
+    refuse_small_machine(original, settings, continues)
     writer = CheckpointWriter(
         out,
         overwrite=overwrite,

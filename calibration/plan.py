@@ -1,17 +1,13 @@
 """From model, recipe and settings to the checkpoint's configuration: sizes that fit, or refusal."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import psutil
 import torch
 
 import vllm_offq
 from calibration.architectures import Architecture
 from calibration.architectures.base import Site, head_size
-from calibration.data_sources import SELF, shares
-from calibration.devices import CPU
 from calibration.loader import Original
 from calibration.settings import RECIPES, Settings
 from vllm_offq.errors import UserError
@@ -25,7 +21,6 @@ from vllm_offq.format import (
     SiteConfig,
     WeightConfig,
 )
-from vllm_offq.manifest import expected_tensors
 from vllm_offq.rotation import hadamard_core
 
 DEFAULT_SIZES = (128, 64)
@@ -160,57 +155,6 @@ def plan(
         + ([] if head else [architecture.head])
         + [*rest],
     )
-
-
-def expected_bytes(
-    original: Original, config: CheckpointConfig, dtype: torch.dtype, settings: Settings
-) -> int:
-    """On disk at most, dtype being that of what stays unquantized.
-
-    That is the checkpoint's tensors twice, as parts and as shards of several parts; before there
-    are shards, `kept_bytes` in the place of one.
-    """
-    model_config = original.model.config.to_dict() | {
-        "architectures": [original.architecture.name],
-        "tie_word_embeddings": original.architecture.layout.head_is_embedding,
-    }
-    tensors = sum(
-        math.prod(spec.shape) * (dtype if dtype in spec.dtypes else spec.dtypes[0]).itemsize
-        for spec in expected_tensors(model_config, config).values()
-    )
-    checkpoint = tensors + original.rest_bytes
-    kept = kept_bytes(original, settings)
-    return checkpoint + max(checkpoint + kept // 2, kept)
-
-
-def kept_bytes(original: Original, settings: Settings) -> int:
-    """What a run keeps on disk to be resumed: activations after a block while those before it stay.
-
-    Also those of the quantized model, where errors count on them.
-    """
-    tokens = settings.samples * settings.sequence_length
-    activations = tokens * original.model.config.hidden_size * torch.float32.itemsize
-    return 2 * activations * (1 if settings.gptq_inputs == "original" else 2)
-
-
-def refuse_small_memory(original: Original, settings: Settings, continues: bool) -> None:
-    """Raises: UserError if the CPU has too little memory free for what needs the whole model.
-
-    continues: an earlier run has written the calibration text.
-    """
-    whole = 4 * sum(parameter.numel() for parameter in original.model.parameters())
-    needed, what, advice = 0, "", ""
-    if settings.refine:
-        needed, what, advice = 2 * whole, "--refine", "leave it out"
-    elif SELF in shares(settings.calibration, settings.samples) and not continues:
-        needed, what = whole, "a model that writes its own calibration text"
-        advice = "give --calibration FILE: then a block at a time is enough"
-    free = psutil.virtual_memory().available
-    if original.device == CPU and free < needed:
-        raise UserError(
-            f"{what} takes at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB "
-            f"are free; {advice}"
-        )
 
 
 def stored_dtype(settings: Settings, original: Original) -> torch.dtype:

@@ -120,7 +120,7 @@ def quantize_block(
             writer.add(f"{name}.{WEIGHT_PACKED}", pack_int4(code))
             writer.add(f"{name}.{WEIGHT_SCALE}", scale)
             if streams.quantized is not None:
-                linear.rounded = dequantize(code, scale)
+                linear.rounded = partial(nn.functional.linear, weight=dequantize(code, scale))
             record.output_error[name] = output_error(linear.weight, code, scale, moments.hessian)
             written.add(f"{path}.weight")
     if streams.quantized is not None:

@@ -60,9 +60,9 @@ def refine(
         ]
         return _finite(sum(parts) / len(held_aside))
 
+    learning = Learning(model, original.model, architecture, tensors, steps)
     with original.loaded(""), progress("refining", steps, unit="step") as advance:
         before = judge()
-        learning = Learning(model, original.model, architecture, tensors, steps)
         if (kept := saved.load(STATE)) is not None:
             learning.restore(kept)
             advance(learning.done)

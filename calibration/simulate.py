@@ -104,18 +104,20 @@ def simulated_model(
         unpacks[architecture.head] = unpack_int8
     if config.embedding is not None and config.embedding.bits == 8:
         unpacks[architecture.embedding] = lambda codes: codes
-    loaded = {}
+    state = model.state_dict()  # filled one by one: all in float32 would be a second model
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if kind == WEIGHT_PACKED:
             unpack = unpacks.get(module, unpack_int4)
             weight = dequantize(unpack(tensor), tensors[f"{module}.{WEIGHT_SCALE}"])
-            loaded[f"{architecture.in_memory(module)}.weight"] = weight
+            state.pop(f"{architecture.in_memory(module)}.weight").copy_(weight)
         elif kind not in (WEIGHT_SCALE, KEY_ROTATION):
-            loaded[architecture.in_memory(name)] = tensor.float()
+            state.pop(architecture.in_memory(name)).copy_(tensor)
     if architecture.layout.head_is_embedding:
-        loaded[f"{architecture.head}.weight"] = loaded[f"{architecture.embedding}.weight"]
-    model.load_state_dict(loaded)
+        embedding = model.get_parameter(f"{architecture.embedding}.weight")
+        state.pop(f"{architecture.head}.weight").copy_(embedding)
+    if state:
+        raise ValueError(f"no tensor of the checkpoint is {', '.join(state)}")
     if config.head is not None:
         head = OffQLinear(model.get_submodule(architecture.head))
         head.grid = config.head.site

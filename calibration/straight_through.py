@@ -1,4 +1,6 @@
-"""The grids of activations and of the KV cache, with gradients for `calibration.refine`."""
+"""Grids and products with codes, with gradients for `calibration.refine`."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,3 +38,26 @@ def straight_through(x: Tensor, scale: Tensor, offset: Tensor, bits: int = 4) ->
     error = torch.where(steps == 0, 0.0, error / steps)
     moved = x + (error * scale.unsqueeze(-1)).flatten(-2)
     return y + (moved - moved.detach())  # y itself, to the bit, with the gradient of `moved`
+
+
+class CodedProduct(torch.autograd.Function):
+    """``x W^T`` of the weight that codes and scales stand for.
+
+    Its floats are there only while they are multiplied by: what autograd would keep of a model
+    that is larger than its activations is mostly weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        """x: [..., K]; codes: [N, K] int8; scale: [N, G] float32. Returns: [..., N]."""
+        ctx.save_for_backward(x, codes, scale)
+        return x @ dequantize(codes, scale).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Of x and scale."""
+        x, codes, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        groups = (of_weight * codes).unflatten(1, (scale.shape[1], -1))
+        return gradient @ dequantize(codes, scale), None, groups.sum(-1)

@@ -1,17 +1,13 @@
 """What is chosen or refused before any long work: group sizes, settings, memory."""
 
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from transformers import Gemma2Config, LlamaConfig
 
 from calibration.architectures import find_architecture
-from calibration.loader import load_original
-from calibration.plan import pick_group_size, plan, refuse_small_memory
+from calibration.plan import pick_group_size, plan
 from calibration.settings import Settings
 from vllm_offq.errors import UserError
 from vllm_offq.format import CheckpointConfig
@@ -80,28 +76,6 @@ def test_a_head_that_is_the_embedding_has_no_four_bits() -> None:
     assert plan(config, gemma, Settings()).head is None
     with pytest.raises(UserError, match="--head-bits 4 is not supported for Gemma2ForCausalLM"):
         plan(config, gemma, Settings(head_bits="4"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        (Settings(), r"own calibration text takes at least 0\.0 GB .*; give --calibration FILE"),
-        (
-            Settings(calibration=("a.txt",), refine=1),
-            r"--refine takes at least 0\.0 GB .*; leave it out",
-        ),
-    ],
-)
-def test_too_small_a_memory_is_noticed_early(
-    settings: Settings, sentence: str, original: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = load_original(str(original))
-    refuse_small_memory(model, settings, continues=False)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(UserError, match=sentence):
-        refuse_small_memory(model, settings, continues=False)
-    refuse_small_memory(model, Settings(calibration=("a.txt",)), continues=False)
-    refuse_small_memory(model, Settings(), continues=True)  # the text is there
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,18 @@ from safetensors import safe_open
 from tiny_experts import make_tiny_experts
 from tiny_models import make_tiny_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from calibration import refine as refining
+from calibration.instrument import instrument
 from calibration.learning import Learning
+from calibration.loader import load_original
 from calibration.pipeline import quantize
 from calibration.settings import Settings
-from calibration.simulate import load_simulated
-from calibration.straight_through import fake_quantize, fake_quantize_kv
+from calibration.simulate import load_simulated, simulated_model
+from calibration.straight_through import CodedProduct, fake_quantize, fake_quantize_kv
 from vllm_offq import quantizer
-from vllm_offq.checkpoint import validate_checkpoint
+from vllm_offq.checkpoint import Checkpoint, validate_checkpoint
 from vllm_offq.errors import UserError
 
 
@@ -131,6 +133,54 @@ def test_a_stopped_refinement_goes_on(
     found, wanted = tensors_of(out), tensors_of(refined)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def saved_bytes(folder: Path, layers: int) -> tuple[int, int]:
+    """Of a step on 1 x 64 tokens: what autograd keeps, and all parameters of the learning model."""
+    source, out = make_tiny_llama(folder / "model", layers=layers), folder / "out"
+    quantize(str(source), out, Settings(weights="rtn", refits=0, samples=2, sequence_length=32))
+    original, checkpoint = load_original(str(source)), Checkpoint(out)
+    tensors = {name: checkpoint.load(name) for name in checkpoint.names}
+    config = AutoConfig.from_pretrained(out)
+    model = simulated_model(config, checkpoint.config, tensors)
+    instrument(original.model, original.architecture)
+    learning = Learning(model, original.model, original.architecture, tensors, 1)
+    kept: list[int] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x.nbytes)
+        return x
+
+    with original.loaded(""), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        learning.step(torch.zeros(1, 64, dtype=torch.int64))
+    return sum(kept), sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_step_keeps_little_of_a_block(tmp_path: Path) -> None:
+    """Neither its weights in float nor what happens within it."""
+    (few, less), (many, more) = (saved_bytes(tmp_path / str(n), layers=n) for n in (2, 6))
+    config = AutoConfig.from_pretrained(tmp_path / "6" / "out")
+    width = config.hidden_size
+    assert (more - less) / 4 == 2 * width * 4  # the gains of two norms
+    assert 64 * width * 4 < (many - few) / 4 < 4 * 64 * width * 4
+
+
+def test_products_with_codes_have_the_gradients_of_a_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (6, 32), dtype=torch.int8, generator=generator)
+    x, scale, weights = (
+        torch.rand(*shape, generator=generator) for shape in ((2, 3, 32), (6, 4), (2, 3, 6))
+    )
+    found = []
+    for product in (
+        CodedProduct.apply,
+        lambda x, codes, scale: x @ quantizer.dequantize(codes, scale).T,
+    ):
+        leaves = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
+        y = product(leaves[0], codes, leaves[1])
+        (y * weights).sum().backward()
+        found.append((y.detach(), *(leaf.grad for leaf in leaves)))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_what_does_not_help_changes_nothing(

@@ -22,8 +22,8 @@ from torch import Tensor
 from calibration import cli, pipeline, resume
 from calibration.loader import load_original
 from calibration.pipeline import quantize
-from calibration.plan import kept_bytes
 from calibration.resume import SavedPass, SavedRun
+from calibration.room import kept_bytes
 from calibration.settings import Settings
 from calibration.survey import PASSES
 from vllm_offq.checkpoint import CheckpointWriter, validate_checkpoint

@@ -77,7 +77,7 @@ class Learning:
             weight.linear.weight = nn.Parameter(weight.start.new_empty(0), requires_grad=False)
         give_back()
         # A block's activations are many times its input, so they are computed again when needed.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for layer in layers_of(model, architecture):
             layer.training = True  # or it would not; its parts stay as they are, without dropout
         self._gains = _gains(model, architecture)

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("pretend")
+# Asked for where activations are computed again, though nothing is computed in other dtypes.
+torch.get_device_module("pretend").get_amp_supported_dtype = list
 DEVICES = (torch.device("pretend:0"), torch.device("pretend:1"))
 CROSSES = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
 """What may be given tensors from two places."""

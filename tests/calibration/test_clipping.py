@@ -12,19 +12,19 @@ from calibration import cli
 from calibration.clipping import CLIP_RATIOS
 from calibration.pipeline import quantize
 from calibration.report import Report
-from calibration.settings import Settings
+from calibration.settings import Basis, Settings
 from vllm_offq.checkpoint import Checkpoint
 
 
 def quantized(
-    original: Path, text: Path, out: Path, clip_ratio: float | str | None
+    original: Path, text: Path, out: Path, clip_ratio: float | str, basis: Basis = "auto"
 ) -> tuple[Report, dict[str, float]]:
     """The report, and the clip ratios that the checkpoint is served with."""
     settings = Settings(
         calibration=(str(text),),
         samples=4,
         sequence_length=64,
-        basis="all",
+        basis=basis,
         weights="rtn",
         clip_ratio=clip_ratio,  # type: ignore[arg-type]
     )
@@ -49,11 +49,11 @@ def test_a_ratio_is_a_number_or_auto(
 
 
 def test_chosen_ratios_beat_every_one_for_all(original: Path, text: Path, tmp_path: Path) -> None:
-    report, chosen = quantized(original, text, tmp_path / "auto", "auto")
+    report, chosen = quantized(original, text, tmp_path / "auto", "auto", "all")
     assert report.clip_ratios == chosen
     assert "choosing clip ratios" in report.seconds_by_stage
     for ratio in (1.0, 0.95, 0.85):
-        other, used = quantized(original, text, tmp_path / str(ratio), ratio)
+        other, used = quantized(original, text, tmp_path / str(ratio), ratio, "all")
         assert (other.clip_ratios, set(used.values())) == (None, {ratio})
         for site, values in other.signal_to_noise.items():
             # In dB; a random weight passes on the error of its input nearly as it is.

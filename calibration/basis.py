@@ -139,6 +139,7 @@ def try_candidates(
         reference.restore("reference", found)
         for name, trial in trials.items():
             trial.restore(name, found)
+        found.clear()
         advance(done)
 
     def so_far() -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ def choose_clip_ratios(
     if done:
         stream.restore("hidden", found)
         errors = {name: found[name] for name in errors}
+        found.clear()
         advance(done)
     for index in range(done, original.num_layers):
         with original.block(index) as layer:

@@ -165,12 +165,13 @@ def load_original(source: str, devices: tuple[torch.device, ...] = (CPU,)) -> Or
         if gguf and architecture.num_experts:
             raise UserError(f"{source} is a mixture of experts in GGUF; give its original folder")
         if gguf:
+            reader = GGUFReader(Path(folder, arguments["gguf_file"]))
             refuse_small_memory(
-                gguf_bytes(Path(folder, arguments["gguf_file"])),
+                4 * sum(int(tensor.n_elements) for tensor in reader.tensors),
                 f"{source}, as GGUF files are read as a whole,",
                 "give the original folder, which is read block by block",
             )
-            put_bos(tokenizer, Path(folder, arguments["gguf_file"]))
+            put_bos(tokenizer, reader)
             model = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, **arguments
             )
@@ -260,14 +261,9 @@ def _refuse_unnamed(
         )
 
 
-def gguf_bytes(gguf: Path) -> int:
-    """The least that reading it takes: its tensors in float32."""
-    return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
-
-
-def put_bos(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+def put_bos(tokenizer: PreTrainedTokenizerBase, gguf: GGUFReader) -> None:
     """Make it begin prompts with BOS if the file says so: transformers overlooks it, and a model
     that was trained with BOS (Gemma) is unusable without."""
-    says = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    says = gguf.get_field("tokenizer.ggml.add_bos_token")
     if says is not None:
         tokenizer.add_bos_token = bool(says.contents())

@@ -103,6 +103,7 @@ def collect(
         for name in statistics.tensors():
             setattr(statistics, name, found[name].to(original.device))
         top_tokens.append(found["top_tokens"])
+        found.clear()  # or the activations would be there twice
         advance(done)
 
     def so_far() -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import accuracy, peer
 from benchmarks.accuracy_cache import Cache
-from benchmarks.accuracy_recipes import MODES, Workload, set_mode
+from benchmarks.accuracy_recipes import MODES, Workload, set_mode, settings_of
 from benchmarks.accuracy_table import table
 from benchmarks.scores import Scores, keep, logprobs, score
 from benchmarks.scores import kept as kept_scores
@@ -173,6 +173,22 @@ def test_rows_hold_for_the_content_of_a_text(option: str, tmp_path: Path) -> Non
         text.write_text(content)
         paths.append(cache.path({"calibration": [option.format(text)]}, "W4"))
     assert paths[0] != paths[1]
+
+
+def test_recipes_that_give_a_basis_are_for_models_that_have_one(tmp_path: Path) -> None:
+    shown = Console(file=StringIO(), width=160)
+    names = ["paper", "+ basis of sinks first", "+ heads principal"]
+    for family, suitable, basis in (
+        ("Llama", names, "top-1"),
+        ("Gemma3", ["paper", "+ heads principal"], "auto"),
+    ):
+        folder = make_tiny(tmp_path / family, family)
+        workload = Workload(str(folder), ("a.txt",), 2, 64, WINDOWS, tmp_path, "")
+        assert accuracy.applicable(names, workload, shown) == suitable
+        assert settings_of("paper", workload).basis == basis
+    assert (
+        "no row of + basis of sinks first: the residual stream of Gemma3" in shown.file.getvalue()
+    )  # type: ignore[attr-defined]
 
 
 def test_modes_turn_on_what_their_names_say(command: list[str], tmp_path: Path) -> None:

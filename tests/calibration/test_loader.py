@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 from tiny_experts import make_tiny_experts
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
@@ -90,7 +90,7 @@ def test_bos_is_put_where_a_gguf_says_so(tmp_path: Path, says: bool | None) -> N
     writer.write_kv_data_to_file()
     writer.close()
     tokenizer = make_tiny_tokenizer()
-    put_bos(tokenizer, tmp_path / "tokenizer.gguf")
+    put_bos(tokenizer, GGUFReader(tmp_path / "tokenizer.gguf"))
     tokenizer.save_pretrained(tmp_path)
     for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         starts = each("a")["input_ids"][0] == each.bos_token_id

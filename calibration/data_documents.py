@@ -22,7 +22,7 @@ FILE_SUFFIXES = {".txt", ".md", *JSON_LINES, *LIBRARY_FORMATS}
 """A source that ends so is a file that is missing, not the name of a dataset."""
 DEFAULT_COLUMNS = ("text", "messages")
 WHOLE_TEXT_BYTES = 4 * 2**20
-"""Of a file of plain text that is one document; tokenizing takes a hundred times its size."""
+"""Of a file of plain text that is one document; tokenizing takes over a hundred times its size."""
 PIECE_BYTES = 2**16
 """Of a larger one, which is read in pieces."""
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))

@@ -18,7 +18,7 @@ from vllm_offq.manifest import expected_tensors
 GPTQ_BYTES = 24
 """Of a linear, times its input width squared: three matrices in double precision at once."""
 BLOCK_ACTIVATIONS = 20
-"""Of a block in a step of `--refine`, times its width and its MLP's: 23 for SmolLM2."""
+"""Floats of a token in a step of `--refine`, times width and MLP's width; SmolLM2 takes more."""
 LOGITS = 4
 """Of a piece in such a step: of both models, and their gradients."""
 

@@ -63,6 +63,12 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def options(original: Path, out: Path, settings: Settings) -> list[str]:
+    """Of `offq`, for a run with these settings but for the clip ratio."""
+    found = ["quantize", str(original), str(out), "--calibration", *settings.calibration]
+    return [*found, "--samples", "4", "--sequence-length", "64"]
+
+
 def layers_done(out: Path) -> int:
     try:
         return int(json.loads((partial_folder(out) / RESUME / "state.json").read_text())["layers"])
@@ -122,9 +128,8 @@ def test_a_killed_run_goes_on(
 ) -> None:
     """SIGKILL, twice, at moments that no code prepares for."""
     out = tmp_path / "out"
-    command = [str(Path(sys.executable).with_name("offq")), "quantize", str(original), str(out)]
-    command += ["--calibration", *settings.calibration, "--samples", "4"]
-    command += ["--sequence-length", "64", "--clip-ratio", "auto", "--resume"]
+    offq = str(Path(sys.executable).with_name("offq"))
+    command = [offq, *options(original, out, settings), "--clip-ratio", "auto", "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums depend on it
     for layers in (1, LAYERS - 1):
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
@@ -241,9 +246,8 @@ def test_resume_says_when_it_begins_anew(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["offq", "quantize", str(original), str(tmp_path / "out"), "--resume"]
-    command += ["--calibration", *settings.calibration, "--samples", "2", "--sequence-length", "32"]
-    monkeypatch.setattr(sys, "argv", [*command, "--recipe", "rtn"])
+    command = options(original, tmp_path / "out", settings)
+    monkeypatch.setattr(sys, "argv", ["offq", *command, "--recipe", "rtn", "--resume"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
@@ -349,10 +353,7 @@ def test_a_terminated_command_says_how_to_go_on(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(pipeline, "fuse_head", lambda *_: signal.raise_signal(signal.SIGTERM))
-    options = ["--calibration", *settings.calibration, "--samples", "4", "--sequence-length", "64"]
-    monkeypatch.setattr(
-        sys, "argv", ["offq", "quantize", str(original), str(tmp_path / "out"), *options]
-    )
+    monkeypatch.setattr(sys, "argv", ["offq", *options(original, tmp_path / "out", settings)])
     try:
         with pytest.raises(SystemExit) as stopped:
             cli.main()
